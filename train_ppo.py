@@ -1,0 +1,454 @@
+"""Chapter 3 of 4: PPO on segment rewards.
+
+    python train_ppo.py                                                 # the embedded world, about 2 minutes of CPU
+    torchrun --nproc_per_node=8 train_ppo.py @config/llama3.1-8b-segment-ppo.args       # one node of 8 GPUs
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_ppo.py @config/...
+    python train_ppo.py --reward_model out/rm-bandit/model --out out/ppo-bandit         # classical RLHF, to compare
+
+One iteration, section 2.4 of the paper:
+    1. sample      a response to each prompt from the policy, at temperature 1
+    2. score       log-probs of policy and SFT model, critic values, scalars of the reward model;
+                   the SFT model's entropies cut the response into segments
+    3. advantages  segment rewards normalised by location, spread evenly over the segment's tokens, minus the KL
+                   penalty per token; GAE; whitened
+    4. update      clipped policy and value losses, minibatch by minibatch
+
+Deviations from the authors' code: prompts are drawn once and sampling is a function of (seed, iteration, row), so that a
+run can be killed and resumed, or moved to another number of GPUs, and gives the same numbers; statistics come from
+reward.json, never from a table looked up by name; masks come from lengths; the defaults are the embedded world's:
+--reward_scale total, --missing_eos_reward -3 (the paper: none, 0) and a critic head that starts at zero.
+"""
+import importlib.util
+import inspect
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import List, Literal, Optional
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AutoTokenizer, DynamicCache
+
+from segment import (WORLD, Granularity, LanguageModel, compute_dtype, encode_prompts, fail, is_finished, load_model,
+                     load_prompts, load_tokenizer, map_rows, micro_batches, on_rank0, opt, pad, paint, parse,
+                     prepare_world, rank, read_config, say, segment_ends, segment_texts, sequence_score, setup)
+from train_rm import (Normalizer, ScalarModel, StopSignal, begin_run, export, fingerprint, finish_run, learning_rate,
+                      load_checkpoint, log_metrics, normalized_token_rewards, read_json, rewards_at_ends,
+                      save_checkpoint, spread_rewards)
+
+
+@dataclass
+class Config:
+    # what to train on what
+    model: str = opt(f"{WORLD}/sft", "the SFT model: policy, reference, entropies and (by default) critic start from it")
+    reward_model: str = opt("out/rm/model", "an output of train_rm.py, with its reward.json")
+    data: str = opt(f"{WORLD}/prompts.jsonl", "prompts (paper: argilla/ultrafeedback-binarized-preferences-cleaned)")
+    out: str = opt("out/ppo", "output folder")
+    gold: str = opt("", "file.py:function of (prompt, response), the true reward where it is known: logged, never used")
+    max_samples: int = opt(0, "read at most this many prompts (0: all)")
+    # the reward
+    granularity: Optional[Granularity] = opt(None, "how PPO uses the reward (default: as the reward model was trained)")
+    cutoff: Optional[float] = opt(None, "nats (default: the reward model's own)")
+    normalizer: Literal["location", "global", "last", "none"] = opt("location", "statistics that rewards are normalised by")
+    interpolation: Literal["even", "repeat", "end"] = opt("even", "how a segment's reward is given to its tokens")
+    reward_scale: Literal["total", "none"] = opt("total", "divide by the deviation of a response's total (paper: none)")
+    fit: List[float] = field(default_factory=list, metadata={
+        "help": "published w_mean w_std b_mean b_std instead of reward.json; then give --granularity and --cutoff too"})
+    kl_coef: float = opt(0.03, "price of a nat away from the SFT model (paper: 0.01 with --reward_scale none)")
+    missing_eos_reward: float = opt(-3.0, "added at the last token of an unfinished response (paper: 0)")
+    divide_by_length: bool = opt(False, "rewards divided by the response's length (paper: token rewards of Llama-3-SFT)")
+    bad_length: int = opt(0, "longer or unfinished responses get --bad_length_reward instead (paper: 800 for Llama-3.1; 0: off)")
+    bad_length_reward: float = opt(-0.05, "at every token")
+    # sampling
+    rollout_batch_size: int = opt(64, "responses an iteration, over all GPUs (paper: 1024)")
+    max_prompt_tokens: int = opt(128, "longer prompts lose their oldest tokens (paper: 1024)")
+    max_new_tokens: int = opt(128, "paper: 1024")
+    generation_batch_size: int = opt(128, "responses decoded at once on one GPU")
+    # optimisation
+    max_steps: int = opt(30, "iterations (0: --passes over the prompts)")
+    passes: int = opt(1, "passes over the prompts (paper: Phi-3 2, Llama 1)")
+    batch_size: int = opt(16, "responses an optimizer step, over all GPUs (paper: 128)")
+    ppo_epochs: int = opt(1, "passes over each rollout")
+    actor_lr: float = opt(3e-4, "peak (paper: 5e-7)")
+    critic_lr: float = opt(1e-3, "peak (paper: 9e-6)")
+    critic_init: Literal["sft", "reward_model"] = opt("sft", "where the critic starts; from sft its head starts at zero")
+    critic_warmup: int = opt(0, "first iterations that train the critic alone")
+    gamma: float = opt(1.0, "discount")
+    lam: float = opt(0.95, "GAE's lambda")
+    clip: float = opt(0.2, "policy ratio clip")
+    value_clip: float = opt(0.2, "value clip (paper: 0.25 for segment and token)")
+    warmup: float = opt(0.03, "share of the optimizer steps")
+    clip_norm: float = opt(1.0, "gradient norms are clipped to this")
+    seed: int = opt(0, "of prompts, samples and minibatches")
+    # hardware
+    dtype: Literal["auto", "bf16", "fp32"] = opt("auto", "compute in: bf16 on CUDA, fp32 on CPU; master weights are fp32")
+    micro_tokens: int = opt(16384, "tokens in one forward pass on one GPU, padding included; lower it when memory runs out")
+    grad_checkpoint: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
+    # bookkeeping
+    sample_every: int = opt(5, "iterations between printed samples")
+    save_every: int = opt(10, "iterations between checkpoints (paper: exported every 5)")
+    resume: bool = opt(False, "continue an unfinished run")
+    wandb: str = opt("", "log to this wandb project too")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling: an explicit decode loop
+# ------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def generate(hf, prompts, stops, max_new_tokens, uniforms, temperature=1.0, banned=None):
+    """Sample a response to each prompt from the full distribution, whatever the model's generation_config says.
+
+    hf: a Hugging Face causal LM; prompts: list of B id arrays; stops: (n,) ids; uniforms: (B, max_new_tokens) in
+    [0, 1), one row of luck per response, so that a sample depends on its row alone and not on its batch;
+    temperature 0: greedy; banned: bool (V,), never sampled. Returns tokens (B, R) int64 and their log-probs (B, R)
+    under the model, and lengths (B,), the stop token included.
+    """
+    device, B = hf.device, len(prompts)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)                        # (B,)
+    P = int(lengths.max())
+    ids = torch.zeros(B, P, dtype=torch.long, device=device)                                # left-padded, only here
+    for b, p in enumerate(prompts):
+        ids[b, P - len(p):] = torch.as_tensor(p, device=device)
+    mask = torch.arange(P, device=device) >= P - lengths[:, None]                           # (B, P)
+    uniforms, stops = uniforms.to(device), stops.to(device)
+    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)                # (B, R)
+    logps = torch.zeros(B, max_new_tokens, device=device)                                   # (B, R)
+    ended = torch.full((B,), max_new_tokens, device=device)                                 # (B,) response lengths
+    row = torch.arange(B, device=device)                                                    # (b,) rows in the cache
+    live = torch.ones(B, dtype=torch.bool, device=device)                                   # (b,)
+    cache, positions = DynamicCache(config=hf.config), (mask.cumsum(1) - 1).clamp(min=0)
+    for r in range(max_new_tokens):
+        logits = hf(input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache,
+                    use_cache=True, logits_to_keep=1).logits[:, -1].float()                 # (b, V)
+        logp = logits.log_softmax(-1)
+        scores = logits if banned is None else logits.masked_fill(banned, -math.inf)
+        if temperature == 0:
+            token = scores.argmax(-1)                                                       # (b,)
+        else:                                                                               # inverse CDF
+            cdf = (scores / temperature).softmax(-1).cumsum(-1)                             # (b, V)
+            luck = uniforms[row, r, None] * cdf[:, -1:]
+            token = torch.searchsorted(cdf, luck, right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
+        tokens[row[live], r] = token[live]
+        logps[row[live], r] = logp.gather(1, token[:, None])[live, 0]
+        stopped = live & torch.isin(token, stops)
+        ended[row[stopped]] = r + 1
+        live = live & ~stopped
+        alive = int(live.sum())
+        if alive == 0:
+            break
+        if alive < 0.75 * len(row):                  # finished rows leave the batch: most of the time is saved here
+            keep = live.nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            row, live, token, mask, positions = row[keep], live[keep], token[keep], mask[keep], positions[keep]
+        ids, positions = token[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(row), 1)], 1)                             # (b, P + r + 1)
+    return tokens, logps, ended
+
+
+def never_sampled(tokenizer, stops, vocab_size):
+    """bool (V,): special tokens that do not stop a response, and rows of the embedding that are no token."""
+    banned = torch.arange(vocab_size) >= len(tokenizer)
+    special = [i for i, t in tokenizer.added_tokens_decoder.items() if t.special and i < vocab_size]
+    banned[special] = True
+    banned[stops] = False
+    return banned
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Advantages
+# ------------------------------------------------------------------------------------------------------------
+def gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimation (Schulman et al. 2016, equation 16) over response tokens.
+
+    All (B, R); mask: bool, True on response tokens, a prefix of each row. Nothing is bootstrapped after the last
+    token. Returns advantages and returns = advantages + values, 0 on padding.
+    """
+    rewards, values = rewards * mask, values * mask
+    advantages, last, following = torch.zeros_like(rewards), 0.0, 0.0
+    for r in reversed(range(rewards.shape[1])):
+        delta = rewards[:, r] + gamma * following - values[:, r]                            # (B,)
+        advantages[:, r] = last = delta + gamma * lam * last
+        following = values[:, r]
+    return advantages * mask, (advantages + values) * mask
+
+
+def whiten(x, mask):
+    """Mean 0 and (population) deviation 1 over all valid tokens. x, mask: (B, R), the rollout of all ranks."""
+    valid = x[mask]
+    return torch.where(mask, (x - valid.mean()) / (valid.std(correction=0) + 1e-8), 0.0)
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
+    """Clipped policy loss, mean over each response's tokens. (B, R) each; returns loss (B,), ratio (B, R)."""
+    ratio = (logprobs - old_logprobs).exp()
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    return mean_tokens(loss, mask), ratio
+
+
+def value_loss(values, old_values, returns, mask, clip):
+    """Clipped value loss, mean over each response's tokens. (B, R) each; returns (B,)."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return mean_tokens(0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
+
+
+def mean_tokens(x, mask):
+    return torch.where(mask, x, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The reward: which model, used how, normalised by what
+# ------------------------------------------------------------------------------------------------------------
+def read_reward(cfg, tokenizer):
+    """-> own granularity, use, cutoff, Normalizer, scale; checks that the reward model fits policy and flags."""
+    other = AutoTokenizer.from_pretrained(cfg.reward_model) if read_config(cfg.reward_model) else None
+    if other.get_vocab() != tokenizer.get_vocab():
+        fail(f"--reward_model {cfg.reward_model}: its tokenizer differs from that of --model {cfg.model}")
+    path = os.path.join(cfg.reward_model, "reward.json")
+    how_to = f"python train_rm.py --calibrate_only --reward_model {cfg.reward_model} --model {cfg.model}"
+    if not os.path.exists(path):
+        if not cfg.fit:
+            fail(f"--reward_model {cfg.reward_model}: no reward.json; make one with: {how_to}")
+        if cfg.granularity is None or cfg.cutoff is None:
+            fail("--fit without a reward.json needs --granularity and --cutoff")
+        saved = {"granularity": cfg.granularity, "cutoff": cfg.cutoff, "statistics": None}
+    else:
+        saved = read_json(path)
+        if saved["sft_fingerprint"] != fingerprint(cfg.model):
+            fail(f"{path} was made for another SFT model ({saved['sft_model']}) than {cfg.model}; make one with: {how_to}")
+        if cfg.cutoff is not None and cfg.cutoff != saved["cutoff"]:
+            fail(f"{path} was made for cutoff {saved['cutoff']}, not {cfg.cutoff}; make one with: {how_to} --cutoff {cfg.cutoff}")
+    own, use = saved["granularity"], cfg.granularity or saved["granularity"]
+    if cfg.fit:
+        if len(cfg.fit) != 4 or not cfg.fit[3] > 0 or cfg.reward_scale != "none":
+            fail("--fit takes w_mean w_std b_mean b_std with b_std > 0, and --reward_scale none (S is not known)")
+        return own, use, saved["cutoff"], Normalizer(cfg.fit[0], cfg.fit[2], cfg.fit[1], cfg.fit[3]), 1.0
+    chosen = dict(saved["statistics"][use][cfg.normalizer])
+    scale = chosen.pop("scale")[cfg.interpolation]
+    return own, use, saved["cutoff"], Normalizer.from_dict(chosen), scale if cfg.reward_scale == "total" else 1.0
+
+
+def load_function(spec, flag):
+    """file.py:name -> f(prompt_text, response_text[, finished])"""
+    path, _, name = spec.rpartition(":")
+    if not os.path.isfile(path):
+        fail(f"{flag} {spec}: must be file.py:function, and {path or spec} is no file")
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("judge", path))
+    module.__spec__.loader.exec_module(module)
+    if not callable(f := getattr(module, name, None)):
+        fail(f"{flag} {spec}: {path} has no function {name}")
+    takes_finished = len(inspect.signature(f).parameters) > 2
+    return lambda prompt, response, finished: f(prompt, response, *([finished] if takes_finished else []))
+
+
+def prompt_text(messages):
+    return "\n\n".join(m["content"] for m in messages)
+
+
+# ============================================================================================================
+# The run
+# ============================================================================================================
+def main(cfg):
+    device = setup()
+    prepare_world(cfg.model, cfg.data)
+    ranks, dtype = dist.get_world_size(), compute_dtype(cfg.dtype, device)
+    if cfg.rollout_batch_size % cfg.batch_size:
+        fail(f"--rollout_batch_size {cfg.rollout_batch_size} is not a multiple of --batch_size {cfg.batch_size}")
+    config = read_config(cfg.model)
+    if cfg.max_prompt_tokens + cfg.max_new_tokens > config.max_position_embeddings:
+        fail(f"--max_prompt_tokens {cfg.max_prompt_tokens} + --max_new_tokens {cfg.max_new_tokens}: the context of "
+             f"{cfg.model} is {config.max_position_embeddings}")
+    tokenizer, stops = load_tokenizer(cfg.model)
+    own, use, cutoff, normalizer, scale = on_rank0(read_reward, cfg, tokenizer)
+    gold = load_function(cfg.gold, "--gold") if cfg.gold else None
+    chats = load_prompts(cfg.data, cfg.max_samples)
+    if len(chats) < cfg.rollout_batch_size:
+        fail(f"{cfg.data}: {len(chats)} prompts are too few for one rollout of --rollout_batch_size {cfg.rollout_batch_size}")
+    prompts = encode_prompts(tokenizer, chats, cfg.max_prompt_tokens)
+
+    iterations = cfg.max_steps or max(1, cfg.passes * len(prompts) // cfg.rollout_batch_size)
+    minibatches = cfg.rollout_batch_size // cfg.batch_size
+    optimizer_steps = iterations * cfg.ppo_epochs * minibatches
+    start = begin_run(cfg)
+    if start is None:
+        return
+    say(f"{iterations} iterations x {cfg.rollout_batch_size} responses on {ranks} x {device.type} = {cfg.ppo_epochs} epochs x "
+        f"{minibatches} minibatches x {cfg.batch_size} responses; {own} reward model used as {use}, cutoff {cutoff}, "
+        f"{cfg.normalizer} normaliser, scale {scale:.3g}")
+
+    # Four models, sharded over the ranks, and a plain copy of the actor to sample from: decoding on shards would
+    # gather every layer for every token.
+    actor = load_model(cfg.model, LanguageModel, device, dtype, train=True, grad_checkpoint=cfg.grad_checkpoint)
+    critic = load_model(cfg.model if cfg.critic_init == "sft" else cfg.reward_model, ScalarModel, device, dtype,
+                        train=True, grad_checkpoint=cfg.grad_checkpoint, head_std=0.0)
+    critic.shift = -1
+    reference = load_model(cfg.model, LanguageModel, device, dtype)
+    reward_model = load_model(cfg.reward_model, ScalarModel, device, dtype)
+    with device:
+        sampler = actor.auto_class.from_config(config, dtype=dtype).eval()
+    banned = never_sampled(tokenizer, stops, config.vocab_size).to(device)
+    optimizers = {m: torch.optim.AdamW(m.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+                  for m, lr in ((actor, cfg.actor_lr), (critic, cfg.critic_lr))}
+    trained = {"actor": (actor, optimizers[actor]), "critic": (critic, optimizers[critic])}
+    if start:
+        load_checkpoint(cfg, start, trained)
+
+    stop, began = StopSignal(), time.time()
+    for iteration in range(start, iterations):
+        # ----------------------------------------------------------------------------------------------------
+        # 1. sample: each rank decodes its rows, every rank gets all of them
+        # ----------------------------------------------------------------------------------------------------
+        time_start = time.time()
+        with torch.no_grad():
+            for p, q in zip(sampler.parameters(), actor.hf.parameters()):
+                p.copy_(q.full_tensor())
+            for p, q in zip(sampler.buffers(), actor.hf.buffers()):
+                p.copy_(q)
+        B, R = cfg.rollout_batch_size, cfg.max_new_tokens
+        drawn = []                                                                          # (B,) rows of the prompt set
+        for k in range(iteration * B, (iteration + 1) * B):
+            turn, position = divmod(k, len(prompts))
+            drawn.append(int(prompt_order(cfg.seed, turn, len(prompts))[position]))
+        luck = torch.from_numpy(np.stack([np.random.default_rng([cfg.seed, 1, iteration, b]).random(R, dtype=np.float32)
+                                          for b in range(B)]))                              # (B, R)
+        tokens = torch.zeros(B, R, dtype=torch.long, device=device)                         # (B, R)
+        lengths = torch.zeros(B, dtype=torch.long, device=device)                           # (B,)
+        sampled_logprobs = torch.zeros(B, R, device=device)                                 # (B, R)
+        mine = sorted(range(B), key=lambda b: len(prompts[drawn[b]]))[rank()::ranks]
+        for k in range(0, len(mine), cfg.generation_batch_size):
+            wave = mine[k:k + cfg.generation_batch_size]
+            tokens[wave], sampled_logprobs[wave], lengths[wave] = generate(
+                sampler, [prompts[drawn[b]] for b in wave], stops, R, luck[wave], banned=banned)
+        for x in (tokens, lengths, sampled_logprobs):
+            dist.all_reduce(x)
+        rows = [(prompts[d], t[:n].cpu().numpy().astype(np.int32)) for d, t, n in zip(drawn, tokens, lengths.tolist())]
+        R = int(lengths.max())
+        mask = torch.arange(R, device=device) < lengths[:, None]                            # (B, R)
+        finished = is_finished(rows, stops).to(device)                                      # (B,)
+
+        # ----------------------------------------------------------------------------------------------------
+        # 2. score: four models read the same rows; all results (B, R) on every rank
+        # ----------------------------------------------------------------------------------------------------
+        time_score = time.time()
+        logprobs, policy_entropy, _ = map_rows(actor, rows, cfg.micro_tokens, device)
+        ref_logprobs, _, entropy = map_rows(reference, rows, cfg.micro_tokens, device)
+        values = map_rows(critic, rows, cfg.micro_tokens, device)[0]
+        scalars = map_rows(reward_model, rows, cfg.micro_tokens, device)[0]
+        rewards, ends = rewards_at_ends(scalars, entropy, mask, finished, cutoff, own, use)
+
+        # ----------------------------------------------------------------------------------------------------
+        # 3. advantages: how much better was each token than the critic expected?
+        # ----------------------------------------------------------------------------------------------------
+        # A bandit's reward sits at the last token whatever the interpolation: its one segment is the whole response.
+        dense = normalized_token_rewards(rewards, ends, mask, normalizer, "end" if use == "bandit" else cfg.interpolation, scale)
+        if cfg.divide_by_length:
+            dense = dense / lengths[:, None]
+        last = torch.arange(R, device=device) == lengths[:, None] - 1                       # (B, R)
+        dense = dense + cfg.missing_eos_reward * (last & ~finished[:, None])
+        if cfg.bad_length:
+            bad = ~finished | (lengths > cfg.bad_length)                                    # (B,)
+            dense = torch.where(bad[:, None] & mask, cfg.bad_length_reward, dense)
+        kl = (logprobs - ref_logprobs) * mask                                               # (B, R) keeps us near the SFT model
+        advantages, returns = gae(dense - cfg.kl_coef * kl, values, mask, cfg.gamma, cfg.lam)
+        advantages = whiten(advantages, mask)
+
+        # ----------------------------------------------------------------------------------------------------
+        # 4. update: each minibatch is one optimizer step of actor and critic
+        # ----------------------------------------------------------------------------------------------------
+        time_train = time.time()
+        row_lengths = [len(p) + len(r) for p, r in rows]
+        sums, norms, first_ratio = torch.zeros(4, device=device), torch.zeros(2, device=device), torch.ones((), device=device)
+        for update in range(cfg.ppo_epochs * minibatches):
+            epoch, position = divmod(update, minibatches)
+            shuffled = np.random.default_rng([cfg.seed, 2, iteration, epoch]).permutation(B)
+            mb = shuffled[position * cfg.batch_size:(position + 1) * cfg.batch_size]        # rows of this minibatch
+            mb_lengths = [row_lengths[b] for b in mb]
+            for micro in micro_batches(mb_lengths, cfg.micro_tokens, ranks)[rank()::ranks]:
+                i = mb[micro] if micro else mb[:1]
+                # FSDP averages gradients over ranks: a micro-batch weighs (its responses / the minibatch's) x ranks
+                weight = ranks / cfg.batch_size if micro else 0.0
+                batch, r = pad([rows[b] for b in i], device), int(lengths[i].max())
+                new_logprobs, new_entropy, _ = actor(*batch)                                # (b, r)
+                m = mask[i, :r]
+                losses, ratio = policy_loss(new_logprobs, logprobs[i, :r], advantages[i, :r], m, cfg.clip)   # (b,), (b, r)
+                (losses.sum() * weight).backward()
+                new_values = critic(*batch)[0]                                              # (b, r)
+                v_losses = value_loss(new_values, values[i, :r], returns[i, :r], m, cfg.value_clip)          # (b,)
+                (v_losses.sum() * weight).backward()
+                if micro:
+                    clipped = mean_tokens(((ratio - 1).abs() > cfg.clip).float(), m)
+                    sums += torch.stack([x.detach().sum() for x in (losses, v_losses, clipped, mean_tokens(new_entropy, m))])
+                    if update == 0:
+                        first_ratio = torch.maximum(first_ratio, ((ratio.detach() - 1).abs() * m).max() + 1)
+            rate = learning_rate(iteration * cfg.ppo_epochs * minibatches + update, optimizer_steps, cfg.warmup)
+            for k, (model, peak) in enumerate(((actor, cfg.actor_lr), (critic, cfg.critic_lr))):
+                norms[k] += nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm).full_tensor()
+                for group in optimizers[model].param_groups:
+                    group["lr"] = peak * rate
+                if model is critic or iteration >= cfg.critic_warmup:
+                    optimizers[model].step()
+                optimizers[model].zero_grad()
+        dist.all_reduce(sums)
+        dist.all_reduce(first_ratio, dist.ReduceOp.MAX)
+
+        # ----------------------------------------------------------------------------------------------------
+        # what happened
+        # ----------------------------------------------------------------------------------------------------
+        done, time_end = iteration + 1, time.time()
+        sums = (sums / (cfg.ppo_epochs * B)).tolist()
+        n_tokens, n_ends = int(mask.sum()), int(ends.sum())
+        spread = returns[mask].var(correction=0)
+        row = {
+            "reward": float(sequence_score(rewards, ends).mean()), "reward_total": float(dense.sum(1).mean()),
+            "kl": float(kl.sum(1).mean()), "kl_per_token": float(kl.sum() / n_tokens),
+            "entropy": float(policy_entropy.sum() / n_tokens), "response_length": n_tokens / B, "response_tokens": n_tokens,
+            "segment_length": n_tokens / max(1, n_ends), "finished": float(finished.float().mean()),
+            "policy_loss": sums[0], "value_loss": sums[1], "clip_fraction": sums[2], "entropy_update": sums[3],
+            "first_ratio": float(first_ratio), "sampler_gap": float(((logprobs - sampled_logprobs[:, :R]).abs() * mask).max()),
+            "explained_variance": float(1 - ((returns - values)[mask]).var(correction=0) / spread) if spread > 0 else 0.0,
+            "actor_grad_norm": float(norms[0]) / (cfg.ppo_epochs * minibatches),
+            "critic_grad_norm": float(norms[1]) / (cfg.ppo_epochs * minibatches), "lr": cfg.actor_lr * rate,
+            "time_generate": time_score - time_start, "time_score": time_train - time_score, "time_train": time_end - time_train,
+            "tokens_per_second": sum(row_lengths) / (time_end - time_start),
+        }
+        texts = [tokenizer.decode(r, skip_special_tokens=True) for _, r in rows]
+        if gold:
+            row["gold"] = float(np.mean([gold(prompt_text(chats[d]), t, bool(f)) for d, t, f in zip(drawn, texts, finished)]))
+        log_metrics(cfg, done, row)
+        eta = (time.time() - began) / (done - start) * (iterations - done)
+        say(f"step {done}/{iterations} | reward {row['reward']:+.3f}" + (f" | gold {row['gold']:+.3f}" if gold else "")
+            + f" | kl {row['kl']:.2f} | length {row['response_length']:.0f} | finished {row['finished']:.2f} | "
+            f"clip {row['clip_fraction']:.3f} | ev {row['explained_variance']:+.2f} | {row['tokens_per_second']:,.0f} tokens/s "
+            f"(generate {row['time_generate']:.1f} s, score {row['time_score']:.1f}, train {row['time_train']:.1f}) | {eta:.0f} s left")
+        if done % cfg.sample_every == 0 or done == iterations:
+            pieces = segment_texts(tokenizer, rows[0][1], ends[0].cpu())
+            say(f"  user: {chats[drawn[0]][-1]['content']}\n  {paint(pieces, rewards[0, ends[0]].tolist())}")
+        stopping = stop.agreed(device)
+        if done % cfg.save_every == 0 or done == iterations or stopping:
+            save_checkpoint(cfg, done, trained)
+            export(actor, tokenizer, cfg.model, f"{cfg.out}/model", dtype)
+        if stopping:
+            say(f"stopped after step {done}; continue with --resume")
+            raise SystemExit(128 + stopping)
+    if start == iterations:                       # killed between the last checkpoint and the end of its export
+        export(actor, tokenizer, cfg.model, f"{cfg.out}/model", dtype)
+    finish_run(cfg)
+    say(f"wrote {cfg.out}/model")
+
+
+_orders = {}
+
+
+def prompt_order(seed, turn, n):
+    """The permutation of the prompts in pass number `turn`."""
+    if (seed, turn, n) not in _orders:
+        _orders.clear()
+        _orders[seed, turn, n] = np.random.default_rng([seed, 0, turn]).permutation(n)
+    return _orders[seed, turn, n]
+
+
+if __name__ == "__main__":
+    main(parse(Config))

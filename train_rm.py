@@ -1,0 +1,652 @@
+"""Chapter 2 of 4: a reward model that scores segments, learned from preferences between whole responses.
+
+    python train_rm.py                                                  # the embedded world, about 1.5 minutes of CPU
+    torchrun --nproc_per_node=8 train_rm.py @config/llama3.1-8b-segment-rm.args         # one node of 8 GPUs
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_rm.py @config/...
+    python train_rm.py --granularity bandit --out out/rm-bandit         # the classical reward model, for comparison
+    python train_rm.py --calibrate_only --reward_model FOLDER           # statistics for a model trained elsewhere
+
+The idea (section 2.2): a scalar head reads the backbone at every token. The scalar at a segment's last token is
+the segment's reward, a response scores the mean of its segments' rewards, and Bradley-Terry pushes the chosen
+response's score above the rejected one's. No segment is ever labelled.
+
+Then (section 2.3) the normaliser: the reward of a segment depends on where it lies, so PPO subtracts and divides
+by a mean and a standard deviation that are linear in log p, p = i/n the relative location, fitted on responses
+that were not trained on. They are saved in reward.json beside the weights.
+
+Deviations from the authors' code: the fit clamps p and the standard deviation (theirs turns negative at small p and
+flips the reward's sign); statistics for every choice PPO may make, so that nothing is ever looked up in vain;
+the total scale S (ours, see README); calibration on held-back pairs by default.
+"""
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoModelForSequenceClassification, GenerationConfig
+from transformers.utils import cached_file
+
+from segment import (WORLD, Granularity, LanguageModel, compute_dtype, encode_chats, fail, is_finished, load_model,
+                     load_pairs, load_tokenizer, map_rows, micro_batches, on_rank0, one_line, opt, pad, parse,
+                     prepare_world, rank, read_config, response_positions, say, segment_ends, segment_locations,
+                     sequence_score, setup)
+
+GRANULARITIES = ("segment", "token", "bandit")
+NORMALIZERS = ("location", "global", "last", "none")
+INTERPOLATIONS = ("even", "repeat", "end")
+
+
+@dataclass
+class Config:
+    # what to train on what
+    model: str = opt(f"{WORLD}/sft", "the SFT model: the backbone's start and the entropies' source")
+    data: str = opt(f"{WORLD}/pairs.jsonl", "preferences (paper: hendrydong/preference_700K)")
+    eval_data: str = opt(f"{WORLD}/pairs_test.jsonl", "held-out preferences; '' splits them off --data")
+    out: str = opt("out/rm", "output folder")
+    granularity: Granularity = opt("segment", "what gets a reward: segment (the method), token, bandit (whole response)")
+    cutoff: float = opt(1.0, "nats; python segment.py helps to choose (paper: Phi-3 1.75, Llama-3 2.0)")
+    max_samples: int = opt(0, "read at most this many pairs (0: all)")
+    max_tokens: int = opt(256, "prompt + response (paper: 2048)")
+    max_prompt_tokens: int = opt(128, "a prompt is cut to this when prompt + response are too long (paper: 1728)")
+    # optimisation
+    batch_size: int = opt(32, "pairs per step, over all GPUs (paper: 128)")
+    epochs: int = opt(2, "paper: 1")
+    max_steps: int = opt(0, "stop after this many steps; the learning rate falls to its end by then (0: epochs)")
+    lr: float = opt(1e-3, "peak (paper: 1e-6)")
+    warmup: float = opt(0.03, "share of the steps")
+    clip_norm: float = opt(1.0, "gradient norm is clipped to this")
+    seed: int = opt(0, "of the split, the order and the head")
+    # hardware
+    dtype: Literal["auto", "bf16", "fp32"] = opt("auto", "compute in: bf16 on CUDA, fp32 on CPU; master weights are fp32")
+    micro_tokens: int = opt(16384, "tokens in one forward pass on one GPU, padding included; lower it when memory runs out")
+    grad_checkpoint: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
+    # bookkeeping
+    eval_every: int = opt(50, "steps between evaluations")
+    save_every: int = opt(100, "steps between checkpoints")
+    resume: bool = opt(False, "continue an unfinished run")
+    cache: str = opt("out/cache", "SFT entropies, shared by all runs")
+    calibrate_only: bool = opt(False, "make reward.json for a trained reward model, train nothing")
+    reward_model: str = opt("", "with --calibrate_only: the reward model (default: OUT/model)")
+    wandb: str = opt("", "log to this wandb project too")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The model: a scalar at every token
+# ------------------------------------------------------------------------------------------------------------
+class ScalarModel(nn.Module):
+    """Backbone and linear head d -> 1 without bias. With shift 0 it reads a reward at each response token, with
+    shift -1 (the critic) a value where the model decided on that token."""
+    auto_class, settings = AutoModelForSequenceClassification, {"num_labels": 1}
+    shift = 0
+
+    def __init__(self, hf):
+        super().__init__()
+        self.hf = hf
+
+    @staticmethod
+    def check(hf, path):
+        if not hasattr(hf, "score") or hf.score.bias is not None:
+            fail(f"{path}: its sequence classifier has no plain head `score`: not supported")
+
+    def forward(self, ids, prompt_lens, response_lens):
+        """ids: (B, T) right-padded; lens: (B,). Returns [values (B, R)] in fp32."""
+        hidden = self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state       # (B, T, d)
+        values = (hidden.float() @ self.hf.score.weight.float().T)[..., 0]                  # (B, T) bf16 is too coarse
+        where = response_positions(prompt_lens, int(response_lens.max()), self.shift)       # (B, R)
+        return [values.gather(1, where.clamp(max=ids.shape[1] - 1))]
+
+
+def bradley_terry(scores_chosen, scores_rejected):
+    """-log sigmoid(chosen - rejected), (B,) each: paper equation (3)."""
+    return -F.logsigmoid(scores_chosen - scores_rejected)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# From scalars to token rewards: location-aware normalisation, then interpolation within the segment
+# ------------------------------------------------------------------------------------------------------------
+@dataclass
+class Normalizer:
+    """mean(p) = w_mean log p + b_mean, std(p) = w_std log p + b_std (paper section 2.3). p is clamped to what was
+    calibrated and std to a tenth of its value at p = 1: a linear fit goes negative at small p."""
+    w_mean: float = 0.0
+    b_mean: float = 0.0
+    w_std: float = 0.0
+    b_std: float = 1.0
+    p_min: float = 1e-3
+    p_max: float = 1.0
+
+    def _log(self, p):
+        return torch.as_tensor(p, dtype=torch.float32).clamp(self.p_min, self.p_max).log()
+
+    def mean(self, p):
+        return self.w_mean * self._log(p) + self.b_mean
+
+    def std(self, p):
+        return (self.w_std * self._log(p) + self.b_std).clamp(min=0.1 * self.b_std)
+
+    def to_dict(self):
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, d):
+        return cls(**d)
+
+
+def huber_line(x, y, epsilon=1.35):
+    """(slope, intercept) of Huber's regression, scale estimated along with the line (his proposal 2)."""
+    X = np.stack([x, np.ones_like(x)], 1)                                                   # (n, 2)
+    line = np.linalg.lstsq(X, y, rcond=None)[0]
+    sigma = floor = 1e-9 + 1e-9 * np.abs(y).max()
+    sigma = max(sigma, (y - X @ line).std())
+    for _ in range(500):
+        before, error = line, np.abs(y - X @ line)
+        sigma = max(floor, sigma * np.sqrt(np.minimum((error / sigma) ** 2, epsilon ** 2).mean()))
+        w = np.minimum(1, epsilon * sigma / np.maximum(error, floor))[:, None]              # (n, 1) outliers count less
+        line = np.linalg.solve(X.T @ (w * X), X.T @ (w[:, 0] * y))
+        if np.abs(line - before).max() < 1e-10:
+            break
+    return float(line[0]), float(line[1])
+
+
+def fit_normalizer(locations, rewards):
+    """Fit a Normalizer to segment rewards. locations: (N,) in (0, 1]; rewards: (N,). Segments are pooled by p
+    rounded to 3 decimals; Huber regressions of the pools' mean and population std on log(mean p of the pool).
+    Raises ValueError when the rewards do not vary."""
+    p, y = (np.asarray(a, dtype=np.float64).ravel() for a in (locations, rewards))
+    if not len(p) or not np.isfinite(y).all() or not p.min() > 0:
+        raise ValueError("needs finite rewards at locations above 0")
+    _, pool, count = np.unique(np.round(p, 3), return_inverse=True, return_counts=True)
+    mean = np.bincount(pool, y) / count                                                     # (pools,) each
+    std = np.sqrt(np.bincount(pool, (y - mean[pool]) ** 2) / count)
+    at = np.bincount(pool, p) / count
+    if len(count) == 1:
+        fit = Normalizer(0.0, float(mean[0]), 0.0, float(std[0]))
+    else:
+        fit = Normalizer(*huber_line(np.log(at), mean), *huber_line(np.log(at), std), float(p.min()), float(p.max()))
+    if not fit.b_std > 1e-6 * (1 + abs(fit.b_mean)):
+        raise ValueError("the rewards do not vary, there is nothing to divide by")
+    return fit
+
+
+def spread_rewards(rewards_at_ends, ends, mask, how):
+    """Give every token its share of its segment's reward (paper section 2.3, "interpolation").
+
+    rewards_at_ends (B, R): read where ends (bool) is True; mask: bool (B, R). even (the method): divided by the
+    segment's length; repeat: the whole reward to each token; end: all at the last token. Returns (B, R); tokens
+    behind the last end (the end-of-turn token) get 0.
+
+    >>> ends = torch.tensor([[False, True, True, False]])
+    >>> spread_rewards(torch.tensor([[0., 4., 3., 0.]]), ends, torch.ones(1, 4, dtype=bool), "even")
+    tensor([[2., 2., 3., 0.]])
+    """
+    rewards = torch.where(ends & mask, rewards_at_ends, 0.0)
+    if how == "end":
+        return rewards
+    if how not in INTERPOLATIONS:
+        raise ValueError(f"interpolation {how!r}: one of {', '.join(INTERPOLATIONS)}")
+    segment = ends.cumsum(1) - ends.long()                               # (B, R) number of ends before this token
+    zeros = torch.zeros(ends.shape[0], ends.shape[1] + 1, dtype=rewards.dtype, device=ends.device)
+    total = zeros.scatter_add(1, segment, rewards).gather(1, segment)    # (B, R) reward of the token's segment
+    length = zeros.scatter_add(1, segment, mask.to(rewards.dtype)).gather(1, segment)
+    inside = mask & (segment < ends.sum(1, keepdim=True))
+    return torch.where(inside, total if how == "repeat" else total / length.clamp(min=1), 0.0)
+
+
+def rewards_at_ends(values, entropy, mask, finished, cutoff, own, use):
+    """What PPO rewards and where, for a reward model of granularity `own` used at granularity `use`.
+
+    values, entropy, mask: (B, R); finished: (B,). Returns rewards (B, R), ends (B, R). used as bandit: the sequence
+    score (by the model's own segments) at the last token; else: the scalars at the ends of `use`.
+    """
+    ends = segment_ends(entropy, mask, finished, cutoff, use)
+    if use == "bandit":
+        values = sequence_score(values, segment_ends(entropy, mask, finished, cutoff, own))[:, None].expand_as(values)
+    return torch.where(ends, values, 0.0), ends
+
+
+def normalized_token_rewards(rewards, ends, mask, normalizer, how, scale=1.0):
+    """Normalise, interpolate, divide by the scale, clamp to [-10, 10]. All (B, R); returns (B, R)."""
+    p = segment_locations(ends)
+    normal = torch.where(ends, (rewards - normalizer.mean(p)) / normalizer.std(p), 0.0)
+    return (spread_rewards(normal, ends, mask, how) / scale).clamp(-10, 10)
+
+
+def calibrate(batches, cutoff, own):
+    """Statistics for every choice PPO may make: {use: {normalizer: {fit..., scale: {interpolation: S}}}}.
+
+    batches() yields (values, entropy, mask, finished). S is the standard deviation over responses of the total
+    normalised reward: n segments sum to about n times a bandit's reward, which one KL coefficient cannot serve.
+    """
+    statistics = {}
+    for use in GRANULARITIES:
+        p, y, last = [], [], []
+        for values, entropy, mask, finished in batches():
+            rewards, ends = rewards_at_ends(values, entropy, mask, finished, cutoff, own, use)
+            where = segment_locations(ends)
+            p, y, last = p + [where[ends].cpu()], y + [rewards[ends].cpu()], last + [rewards[where == 1].cpu()]
+        p, y, last = torch.cat(p), torch.cat(y), torch.cat(last)
+        try:
+            fits = {"location": fit_normalizer(p, y), "global": fit_normalizer(torch.ones_like(p), y),
+                    "last": fit_normalizer(torch.ones_like(last), last), "none": Normalizer()}
+        except ValueError as e:
+            fail(f"calibration on {len(last)} responses: {e}; give more pairs with --data")
+        statistics[use] = {}
+        for name, fit in fits.items():
+            totals = {how: torch.cat([normalized_token_rewards(
+                *rewards_at_ends(values, entropy, mask, finished, cutoff, own, use), mask, fit, how).sum(1).cpu()
+                for values, entropy, mask, finished in batches()]) for how in INTERPOLATIONS}
+            statistics[use][name] = fit.to_dict() | {"scale": {h: float(t.std(correction=0)) for h, t in totals.items()}}
+    return statistics
+
+
+# ============================================================================================================
+# Plumbing. A run's folder: start, resume, finish; metrics; the stop signal
+# ============================================================================================================
+NOT_COMPARED = ("out", "resume", "wandb", "cache", "calibrate_only", "save_every")     # no number depends on these
+
+
+def begin_run(cfg):
+    """Returns the step to start from, or None when this very run is finished. OUT empty: start. An unfinished
+    run needs --resume and the same config; a finished one is never touched. All others: exit code 2."""
+    return on_rank0(_begin_run, cfg)
+
+
+def _begin_run(cfg):
+    path, new = f"{cfg.out}/config.json", asdict(cfg)
+    old = read_json(path) if os.path.exists(path) else None
+    if old:
+        differs = [f"--{k} was {old.get(k)!r}, now {v!r}" for k, v in new.items() if k not in NOT_COMPARED and old.get(k) != v]
+        state = "a finished" if old.get("finished") else "an unfinished"
+        if differs:
+            fail(f"{cfg.out} holds {state} run with another config ({'; '.join(differs)}); give another --out")
+        if old.get("finished"):
+            say(f"{cfg.out}: already finished, nothing to do (delete the folder to run again)")
+            return None
+    try:
+        os.makedirs(cfg.out, exist_ok=True)
+        _begin_run.lock = open(f"{cfg.out}/.lock", "a")           # held until the process ends, however it ends
+        fcntl.flock(_begin_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run is writing to {cfg.out}; give this one its own --out")
+    except OSError as e:
+        fail(f"--out {cfg.out}: cannot be written ({one_line(e)})")
+    if not old:
+        if foreign := [f for f in ("metrics.jsonl", "model", "checkpoint") if os.path.exists(f"{cfg.out}/{f}")]:
+            fail(f"{cfg.out} holds {foreign[0]} but no config.json, so it is no run of this script; give another --out")
+        write_json(path, new)
+        return 0
+    if not cfg.resume:
+        fail(f"{cfg.out} holds an unfinished run; continue it with --resume or give another --out")
+    step = max([int(name[5:]) for name in os.listdir(f"{cfg.out}/checkpoint") if name[5:].isdigit()], default=0) \
+        if os.path.exists(f"{cfg.out}/checkpoint") else 0
+    say(f"{cfg.out}: " + (f"resuming after step {step}" if step else "no checkpoint yet, starting afresh"))
+    if os.path.exists(f"{cfg.out}/metrics.jsonl"):                # what came after the checkpoint will come again
+        kept = []
+        for line in open(f"{cfg.out}/metrics.jsonl", encoding="utf-8"):
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+            kept.append(line)
+        write_text(f"{cfg.out}/metrics.jsonl", "".join(kept))
+    return step
+
+
+def finish_run(cfg):
+    """Mark the run finished; a finished run needs no checkpoint."""
+    if rank() == 0:
+        write_json(f"{cfg.out}/config.json", asdict(cfg) | {"finished": True})
+        shutil.rmtree(f"{cfg.out}/checkpoint", ignore_errors=True)
+    dist.barrier()
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except (OSError, ValueError) as e:
+        fail(f"{path}: cannot be read ({one_line(e)})")
+
+
+def write_text(path, text):
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(path + ".tmp", path)                               # whole or not at all
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def log_metrics(cfg, step, values):
+    """One JSON object a line: `step` and numbers. Rank 0 writes. null stands for a number that is not finite."""
+    if rank() == 0:
+        row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
+        with open(f"{cfg.out}/metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+        if cfg.wandb:
+            wandb_run(cfg).log(row, step=step)
+
+
+def wandb_run(cfg):
+    try:
+        import wandb
+    except ImportError:
+        fail("--wandb needs the package: pip install wandb")
+    return wandb.run or wandb.init(project=cfg.wandb, config=asdict(cfg), name=cfg.out)
+
+
+class StopSignal:
+    """SIGTERM and Ctrl-C let the step finish; the loop then saves and exits. All ranks agree on the step."""
+
+    def __init__(self):
+        self.signal = 0
+        for s in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(s, self.receive)
+
+    def receive(self, number, frame):
+        self.signal = number
+        say("\nstopping after this step (saving a checkpoint)")
+
+    def agreed(self, device):
+        flag = torch.tensor(self.signal, device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return int(flag)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Plumbing. Checkpoints (to resume) and exports (to use)
+# ------------------------------------------------------------------------------------------------------------
+def training_state(pairs):
+    """{name: (model, optimizer)} -> the flat dict of tensors that is the state of training. Learning rates, data
+    order and random draws are functions of the step, so there is nothing else to remember."""
+    state = {}
+    for name, (model, optimizer) in pairs.items():
+        for key, p in model.named_parameters():
+            if not optimizer.state[p]:                            # AdamW makes these at its first step; we load into them
+                optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            state[f"{name}.{key}"] = p.detach()
+            state |= {f"{name}.{key}.{slot}": t for slot, t in optimizer.state[p].items()}
+    return state
+
+
+def save_checkpoint(cfg, step, pairs):
+    """OUT/checkpoint/step_N in safetensors, each rank its shards; complete or invisible. Older ones go."""
+    folder = f"{cfg.out}/checkpoint/step_{step}"
+    on_rank0(shutil.rmtree, folder + ".tmp", ignore_errors=True)
+    dcp.save(training_state(pairs), storage_writer=HuggingFaceStorageWriter(folder + ".tmp", save_distributed=True))
+    dist.barrier()
+    if rank() == 0:
+        os.replace(folder + ".tmp", folder)
+        for name in os.listdir(f"{cfg.out}/checkpoint"):
+            if name != f"step_{step}":
+                shutil.rmtree(f"{cfg.out}/checkpoint/{name}")
+    dist.barrier()
+
+
+def load_checkpoint(cfg, step, pairs):
+    """Read step_N into the models and optimizers in place, on any number of ranks."""
+    try:
+        dcp.load(training_state(pairs), storage_reader=HuggingFaceStorageReader(f"{cfg.out}/checkpoint/step_{step}"))
+    except Exception as e:
+        fail(f"{cfg.out}/checkpoint/step_{step}: cannot be loaded ({one_line(e)})")
+
+
+def export(model, tokenizer, source, folder, dtype, files={}):
+    """An ordinary Hugging Face checkpoint in `folder`, with tokenizer, `files` ({name: JSON}) and, for a language
+    model, the generation settings of `source`. Every rank gathers, rank 0 writes; the old folder stays until then."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank() == 0:
+        with torch.device("meta"):
+            hf = model.auto_class.from_config(model.hf.config, dtype=dtype)
+        if model.auto_class is AutoModelForSequenceClassification:
+            hf.config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        else:
+            try:
+                hf.generation_config = GenerationConfig.from_pretrained(source)
+            except OSError:
+                pass                                              # the model never had one
+        shutil.rmtree(folder + ".tmp", ignore_errors=True)
+        tied = set(getattr(hf, "all_tied_weights_keys", None) or ())
+        state = {k[3:]: v.to(dtype).contiguous() for k, v in state.items() if k[3:] not in tied}
+        hf.save_pretrained(folder + ".tmp", state_dict=state)
+        tokenizer.save_pretrained(folder + ".tmp")
+        for name, value in files.items():
+            write_json(f"{folder}.tmp/{name}", value)
+        if os.path.exists(folder):
+            shutil.rmtree(folder + ".old", ignore_errors=True)
+            os.replace(folder, folder + ".old")
+        os.replace(folder + ".tmp", folder)
+        shutil.rmtree(folder + ".old", ignore_errors=True)
+    dist.barrier()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Plumbing. SFT entropies: computed once by all ranks, kept on disk; fingerprints
+# ------------------------------------------------------------------------------------------------------------
+def fingerprint(path):
+    """A hash of a model's weight files: 32 hex digits."""
+    folder = os.path.dirname(cached_file(path, "config.json"))
+    digest = hashlib.blake2b(digest_size=16)
+    names = [n for n in sorted(os.listdir(folder)) if n.endswith((".safetensors", ".bin"))]
+    for name in names or fail(f"{path}: no .safetensors or .bin weights there"):
+        with open(f"{folder}/{name}", "rb") as f:
+            while block := f.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def sft_entropies(cfg, rows, device, key):
+    """[float32 (R,)] per row: the SFT model's entropy after each response token. Shards of 2,048 rows are named by
+    (key, their tokens) and appear whole or not at all, so a killed pass goes on where it was."""
+    os.makedirs(cfg.cache, exist_ok=True)
+    model, entropies, dtype = None, [], compute_dtype(cfg.dtype, device)
+    for k in range(0, len(rows), 2048):
+        shard = rows[k:k + 2048]
+        digest = hashlib.blake2b(f"{key} {dtype}".encode(), digest_size=16)
+        for p, r in shard:
+            digest.update(p.tobytes() + b"|" + r.tobytes() + b"\n")
+        path, lengths = f"{cfg.cache}/entropy-{digest.hexdigest()}.npy", [len(r) for _, r in shard]
+        if not on_rank0(os.path.exists, path):
+            model = model or load_model(cfg.model, LanguageModel, device, dtype)
+            H = map_rows(model, shard, cfg.micro_tokens, device,
+                         f"SFT entropies {k // 2048 + 1}/{-(-len(rows) // 2048)}")[2].cpu().numpy()    # (b, R)
+            if rank() == 0:
+                np.save(path + ".tmp.npy", np.concatenate([h[:n] for h, n in zip(H, lengths)]))
+                os.replace(path + ".tmp.npy", path)
+            dist.barrier()
+        try:
+            flat = np.load(path, mmap_mode="r", allow_pickle=False)
+            assert len(flat) == sum(lengths)
+        except (ValueError, AssertionError, EOFError):
+            fail(f"{path}: damaged cache file; delete it, it will be computed again")
+        entropies += np.split(flat, np.cumsum(lengths)[:-1])
+    return entropies
+
+
+def grid(lists, lengths, device):
+    """[(R,) arrays] -> (B, R) float tensor, 0 on padding, and its mask (B, R)"""
+    out = np.zeros((len(lists), max(lengths)), dtype=np.float32)
+    for b, (row, n) in enumerate(zip(lists, lengths)):
+        out[b, :n] = row[:n]
+    mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+    return torch.from_numpy(out).to(device), mask
+
+
+def learning_rate(step, steps, warmup):
+    """Factor on the peak: linear warm-up, then a cosine to 10 %. step counts from 0."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+# ============================================================================================================
+# The run
+# ============================================================================================================
+def main(cfg):
+    device = setup()
+    prepare_world(cfg.model, cfg.data)
+    ranks, dtype = dist.get_world_size(), compute_dtype(cfg.dtype, device)
+    if cfg.max_prompt_tokens >= cfg.max_tokens:
+        fail(f"--max_prompt_tokens {cfg.max_prompt_tokens} leaves no room for a response in --max_tokens {cfg.max_tokens}")
+    if cfg.max_tokens > (context := read_config(cfg.model).max_position_embeddings):
+        fail(f"--max_tokens {cfg.max_tokens}: the context of {cfg.model} is {context}")
+    tokenizer, stops = load_tokenizer(cfg.model)
+
+    # --------------------------------------------------------------------------------------------------------
+    # data: pair i is the rows 2i (chosen) and 2i + 1 (rejected); a seeded split keeps calibration pairs unseen
+    # --------------------------------------------------------------------------------------------------------
+    def encode(source):
+        rows, chats = [], []
+        for prompt, chosen, rejected in load_pairs(source, cfg.max_samples):
+            chats += [(prompt, chosen), (prompt, rejected)]
+            if len(chats) >= 4096:                               # in blocks: text is bulky, token ids are not
+                rows, chats = rows + encode_chats(tokenizer, stops, chats, cfg.max_tokens, cfg.max_prompt_tokens), []
+        return rows + encode_chats(tokenizer, stops, chats, cfg.max_tokens, cfg.max_prompt_tokens)
+
+    rows = encode(cfg.data)
+    n = len(rows) // 2
+    order = np.random.default_rng(cfg.seed).permutation(n)
+    n_eval, n_calibration = 0 if cfg.eval_data else max(1, min(n // 50, 2000)), max(1, min(n // 20, 60000))
+    eval_pairs, calibration, train = np.split(order, [n_eval, n_eval + n_calibration])
+    if cfg.eval_data:
+        rows += encode(cfg.eval_data)
+        eval_pairs = np.arange(n, len(rows) // 2)
+    if len(train) < cfg.batch_size or not len(eval_pairs):
+        fail(f"{cfg.data}: {len(train)} training pairs (of {n}) do not fill one --batch_size {cfg.batch_size}")
+    per_epoch = len(train) // cfg.batch_size
+    steps = min(cfg.max_steps, cfg.epochs * per_epoch) if cfg.max_steps else cfg.epochs * per_epoch
+    finished = is_finished(rows, stops)                          # (rows,)
+
+    start = None if cfg.calibrate_only else begin_run(cfg)
+    if start is None and not cfg.calibrate_only:
+        return
+    say(f"{n} pairs: {len(train)} to train, {len(eval_pairs)} held out, {len(calibration)} to calibrate; "
+        f"{float(finished.float().mean()):.1%} of the responses are finished\n"
+        f"{steps} steps x {cfg.batch_size} pairs on {ranks} x {device.type}, {cfg.epochs} epochs of {per_epoch} steps")
+
+    # SFT entropies: segments of the training pairs are needed only to train on segments
+    key = on_rank0(fingerprint, cfg.model)
+    wanted = range(len(rows)) if cfg.granularity == "segment" and not cfg.calibrate_only else \
+        sorted(int(i) * 2 + side for i in calibration for side in (0, 1))
+    entropies = dict(zip(wanted, sft_entropies(cfg, [rows[i] for i in wanted], device, key)))
+    nothing = np.zeros(cfg.max_tokens, dtype=np.float32)
+
+    def batch_of(index):
+        """rows -> entropy (B, R), mask (B, R), finished (B,)"""
+        entropy, mask = grid([entropies.get(i, nothing) for i in index], [len(rows[i][1]) for i in index], device)
+        return entropy, mask, finished[index].to(device)
+
+    def scores_of(values, index):
+        entropy, mask, done = batch_of(index)
+        return sequence_score(values, segment_ends(entropy, mask, done, cfg.cutoff, cfg.granularity))    # (B,)
+
+    # --------------------------------------------------------------------------------------------------------
+    # the reward model and its optimizer
+    # --------------------------------------------------------------------------------------------------------
+    source = (cfg.reward_model or f"{cfg.out}/model") if cfg.calibrate_only else cfg.model
+    hidden = read_config(source).hidden_size
+    model = load_model(source, ScalarModel, device, dtype, train=True, grad_checkpoint=cfg.grad_checkpoint,
+                       head_std=None if cfg.calibrate_only else 1 / (hidden + 1), seed=cfg.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    pair = {"rm": (model, optimizer)}
+
+    def evaluate(pairs):
+        """Accuracy on held-out pairs: the share whose chosen response scores higher; a tie counts half."""
+        index = [int(i) * 2 + side for i in pairs for side in (0, 1)]
+        values = map_rows(model, [rows[i] for i in index], cfg.micro_tokens, device)[0]              # (2n, R)
+        scores = scores_of(values, index)
+        margin = scores[0::2] - scores[1::2]                                                         # (n,)
+        return float((margin > 0).float().mean() + (margin == 0).float().mean() / 2)
+
+    # --------------------------------------------------------------------------------------------------------
+    # training: Bradley-Terry on mean segment rewards
+    # --------------------------------------------------------------------------------------------------------
+    if start:
+        load_checkpoint(cfg, start, pair)
+    stop, began = StopSignal(), time.time()
+    for step in range(start, steps) if not cfg.calibrate_only else ():
+        tick = time.time()
+        epoch, position = divmod(step, per_epoch)
+        shuffled = np.random.default_rng([cfg.seed, epoch]).permutation(train)
+        mb_pairs = shuffled[position * cfg.batch_size:(position + 1) * cfg.batch_size]               # global batch
+        lengths = [2 * max(sum(map(len, rows[2 * i])), sum(map(len, rows[2 * i + 1]))) for i in mb_pairs]
+        sums = torch.zeros(3, device=device)                                                         # loss, right, tokens
+        for micro in micro_batches(lengths, cfg.micro_tokens, ranks)[rank()::ranks]:
+            chosen = [2 * int(mb_pairs[i]) for i in micro or [int(np.argmin(lengths))]]
+            index = chosen + [i + 1 for i in chosen]                                                 # a pair is never split
+            scores = scores_of(model(*pad([rows[i] for i in index], device))[0], index)              # (2b,)
+            losses = bradley_terry(*scores.chunk(2))                                                 # (b,)
+            # FSDP averages gradients over ranks, so a micro-batch weighs (its pairs / global pairs) x ranks
+            (losses.sum() * (ranks / cfg.batch_size if micro else 0.0)).backward()
+            if micro:
+                right = (scores.detach().chunk(2)[0] > scores.detach().chunk(2)[1]).sum()
+                sums += torch.stack([losses.detach().sum(), right, torch.tensor(sum(len(a) + len(b) for a, b in
+                                     (rows[i] for i in index)), device=device)])
+        dist.all_reduce(sums)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm).full_tensor()
+        lr = cfg.lr * learning_rate(step, steps, cfg.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done, seconds = step + 1, time.time() - tick
+        row = {"loss": float(sums[0]) / cfg.batch_size, "accuracy": float(sums[1]) / cfg.batch_size,
+               "grad_norm": float(norm), "lr": lr, "time_step": seconds, "tokens_per_second": float(sums[2]) / seconds}
+        if done % cfg.eval_every == 0 or done == steps:
+            row["eval_accuracy"] = evaluate(eval_pairs)
+        log_metrics(cfg, done, row)
+        eta = (time.time() - began) / (done - start) * (steps - done)
+        if done % 10 == 0 or done == steps or seconds > 5 or "eval_accuracy" in row:
+            say(f"step {done}/{steps} | loss {row['loss']:.4f} | accuracy {row['accuracy']:.2f} | grad norm {norm:.2f} | "
+                f"{row['tokens_per_second']:,.0f} tokens/s | {eta:.0f} s left"
+                + (f" | held-out accuracy {row['eval_accuracy']:.3f}" if "eval_accuracy" in row else ""))
+        stopping = stop.agreed(device)
+        if done % cfg.save_every == 0 or done == steps or stopping:
+            save_checkpoint(cfg, done, pair)
+            if done < steps:
+                export(model, tokenizer, cfg.model, f"{cfg.out}/model", dtype)
+        if stopping:
+            say(f"stopped after step {done}; continue with --resume")
+            raise SystemExit(128 + stopping)
+
+    # --------------------------------------------------------------------------------------------------------
+    # calibration: the statistics by which PPO normalises, on pairs that were not trained on
+    # --------------------------------------------------------------------------------------------------------
+    index = [int(i) * 2 + side for i in calibration for side in (0, 1)]
+    blocks = [index[k:k + 1024] for k in range(0, len(index), 1024)]
+    values = [map_rows(model, [rows[i] for i in block], cfg.micro_tokens, device, "calibration")[0] for block in blocks]
+    statistics = calibrate(lambda: ((v, *batch_of(block)) for v, block in zip(values, blocks)), cfg.cutoff, cfg.granularity)
+    reward_json = {"granularity": cfg.granularity, "cutoff": cfg.cutoff, "sft_model": cfg.model, "sft_fingerprint": key,
+                   "calibration_responses": len(index), "statistics": statistics}
+    if cfg.calibrate_only and os.path.isdir(source):
+        if rank() == 0:
+            write_json(f"{source}/reward.json", reward_json)
+        target = source
+    else:
+        target = f"{cfg.out}/model"
+        export(model, tokenizer, cfg.model, target, dtype, {"reward.json": reward_json})
+    fit = statistics["segment"]["location"]
+    say(f"calibrated on {len(index)} responses; segment rewards: mean {fit['w_mean']:.3f} log p + {fit['b_mean']:.3f}, "
+        f"std {fit['w_std']:.3f} log p + {fit['b_std']:.3f}\nwrote {target}")
+    if not cfg.calibrate_only:
+        finish_run(cfg)
+
+
+if __name__ == "__main__":
+    main(parse(Config))
