@@ -18,8 +18,6 @@ run can be killed and resumed, or moved to another number of GPUs, and gives the
 reward.json, never from a table looked up by name; masks come from lengths; the defaults are the embedded world's:
 --reward_scale total, --missing_eos_reward -3 (the paper: none, 0) and a critic head that starts at zero.
 """
-import importlib.util
-import inspect
 import math
 import os
 import sys
@@ -37,8 +35,8 @@ from segment import (WORLD, Granularity, LanguageModel, compute_dtype, encode_pr
                      load_prompts, load_tokenizer, map_rows, micro_batches, on_rank0, opt, pad, paint, parse,
                      prepare_world, rank, read_config, say, segment_ends, segment_texts, sequence_score, setup)
 from train_rm import (Normalizer, ScalarModel, StopSignal, begin_run, export, fingerprint, finish_run, learning_rate,
-                      load_checkpoint, log_metrics, normalized_token_rewards, read_json, rewards_at_ends,
-                      save_checkpoint, spread_rewards)
+                      load_checkpoint, load_function, log_metrics, normalized_token_rewards, oracle_scalars, read_json,
+                      rewards_at_ends, save_checkpoint, spread_rewards)
 
 
 @dataclass
@@ -49,6 +47,7 @@ class Config:
     data: str = opt(f"{WORLD}/prompts.jsonl", "prompts (paper: argilla/ultrafeedback-binarized-preferences-cleaned)")
     out: str = opt("out/ppo", "output folder")
     gold: str = opt("", "file.py:function of (prompt, response), the true reward where it is known: logged, never used")
+    oracle: str = opt("", "file.py:function giving true segment rewards, in place of the reward model's scalars")
     max_samples: int = opt(0, "read at most this many prompts (0: all)")
     # the reward
     granularity: Optional[Granularity] = opt(None, "how PPO uses the reward (default: as the reward model was trained)")
@@ -204,9 +203,10 @@ def mean_tokens(x, mask):
 # ------------------------------------------------------------------------------------------------------------
 def read_reward(cfg, tokenizer):
     """-> own granularity, use, cutoff, Normalizer, scale; checks that the reward model fits policy and flags."""
-    other = AutoTokenizer.from_pretrained(cfg.reward_model) if read_config(cfg.reward_model) else None
-    if other.get_vocab() != tokenizer.get_vocab():
-        fail(f"--reward_model {cfg.reward_model}: its tokenizer differs from that of --model {cfg.model}")
+    if not cfg.oracle:
+        read_config(cfg.reward_model)
+        if AutoTokenizer.from_pretrained(cfg.reward_model).get_vocab() != tokenizer.get_vocab():
+            fail(f"--reward_model {cfg.reward_model}: its tokenizer differs from that of --model {cfg.model}")
     path = os.path.join(cfg.reward_model, "reward.json")
     how_to = f"python train_rm.py --calibrate_only --reward_model {cfg.reward_model} --model {cfg.model}"
     if not os.path.exists(path):
@@ -231,19 +231,6 @@ def read_reward(cfg, tokenizer):
     return own, use, saved["cutoff"], Normalizer.from_dict(chosen), scale if cfg.reward_scale == "total" else 1.0
 
 
-def load_function(spec, flag):
-    """file.py:name -> f(prompt_text, response_text[, finished])"""
-    path, _, name = spec.rpartition(":")
-    if not os.path.isfile(path):
-        fail(f"{flag} {spec}: must be file.py:function, and {path or spec} is no file")
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("judge", path))
-    module.__spec__.loader.exec_module(module)
-    if not callable(f := getattr(module, name, None)):
-        fail(f"{flag} {spec}: {path} has no function {name}")
-    takes_finished = len(inspect.signature(f).parameters) > 2
-    return lambda prompt, response, finished: f(prompt, response, *([finished] if takes_finished else []))
-
-
 def prompt_text(messages):
     return "\n\n".join(m["content"] for m in messages)
 
@@ -263,7 +250,8 @@ def main(cfg):
              f"{cfg.model} is {config.max_position_embeddings}")
     tokenizer, stops = load_tokenizer(cfg.model)
     own, use, cutoff, normalizer, scale = on_rank0(read_reward, cfg, tokenizer)
-    gold = load_function(cfg.gold, "--gold") if cfg.gold else None
+    gold, oracle = (load_function(spec, flag) if spec else None
+                    for spec, flag in ((cfg.gold, "--gold"), (cfg.oracle, "--oracle")))
     chats = load_prompts(cfg.data, cfg.max_samples)
     if len(chats) < cfg.rollout_batch_size:
         fail(f"{cfg.data}: {len(chats)} prompts are too few for one rollout of --rollout_batch_size {cfg.rollout_batch_size}")
@@ -286,7 +274,7 @@ def main(cfg):
                         train=True, grad_checkpoint=cfg.grad_checkpoint, head_std=0.0)
     critic.shift = -1
     reference = load_model(cfg.model, LanguageModel, device, dtype)
-    reward_model = load_model(cfg.reward_model, ScalarModel, device, dtype)
+    reward_model = None if cfg.oracle else load_model(cfg.reward_model, ScalarModel, device, dtype)
     with device:
         sampler = actor.auto_class.from_config(config, dtype=dtype).eval()
     banned = never_sampled(tokenizer, stops, config.vocab_size).to(device)
@@ -336,7 +324,8 @@ def main(cfg):
         logprobs, policy_entropy, _ = map_rows(actor, rows, cfg.micro_tokens, device)
         ref_logprobs, _, entropy = map_rows(reference, rows, cfg.micro_tokens, device)
         values = map_rows(critic, rows, cfg.micro_tokens, device)[0]
-        scalars = map_rows(reward_model, rows, cfg.micro_tokens, device)[0]
+        scalars = oracle_scalars(oracle, tokenizer, rows, stops, device) if oracle else \
+            map_rows(reward_model, rows, cfg.micro_tokens, device)[0]
         rewards, ends = rewards_at_ends(scalars, entropy, mask, finished, cutoff, own, use)
 
         # ----------------------------------------------------------------------------------------------------

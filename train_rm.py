@@ -20,6 +20,8 @@ the total scale S (ours, see README); calibration on held-back pairs by default.
 """
 import fcntl
 import hashlib
+import importlib.util
+import inspect
 import json
 import math
 import os
@@ -82,6 +84,7 @@ class Config:
     cache: str = opt("out/cache", "SFT entropies, shared by all runs")
     calibrate_only: bool = opt(False, "make reward.json for a trained reward model, train nothing")
     reward_model: str = opt("", "with --calibrate_only: the reward model (default: OUT/model)")
+    oracle: str = opt("", "with --calibrate_only: file.py:function of (prompt, response) that gives true segment rewards")
     wandb: str = opt("", "log to this wandb project too")
 
 
@@ -252,6 +255,30 @@ def calibrate(batches, cutoff, own):
                 for values, entropy, mask, finished in batches()]) for how in INTERPOLATIONS}
             statistics[use][name] = fit.to_dict() | {"scale": {h: float(t.std(correction=0)) for h, t in totals.items()}}
     return statistics
+
+
+def load_function(spec, flag):
+    """file.py:name -> f(prompt text, response text, finished); the last is passed if the function takes it."""
+    path, _, name = spec.rpartition(":")
+    if not os.path.isfile(path):
+        fail(f"{flag} {spec}: must be file.py:function, and {path or spec} is no file")
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("judge", path))
+    module.__spec__.loader.exec_module(module)
+    if not callable(f := getattr(module, name, None)):
+        fail(f"{flag} {spec}: {path} has no function {name}")
+    takes_finished = len(inspect.signature(f).parameters) > 2
+    return lambda prompt, response, finished: f(prompt, response, *([finished] if takes_finished else []))
+
+
+def oracle_scalars(f, tokenizer, rows, stops, device):
+    """The true rewards in place of a reward model's scalars: f(prompt, response) -> [(value, end token), ...]; each
+    of a clause's tokens carries its value, so that reading at any segment end works as it does for a model. (B, R)"""
+    scalars = torch.zeros(len(rows), max(len(r) for _, r in rows))
+    for b, ((prompt, response), done) in enumerate(zip(rows, is_finished(rows, stops).tolist())):
+        first = 0
+        for value, end in f(*(tokenizer.decode(x, skip_special_tokens=True) for x in (prompt, response)), done):
+            scalars[b, first:end + 1], first = value, end + 1
+    return scalars.to(device)
 
 
 # ============================================================================================================
@@ -558,7 +585,9 @@ def main(cfg):
     # --------------------------------------------------------------------------------------------------------
     # the reward model and its optimizer
     # --------------------------------------------------------------------------------------------------------
-    source = (cfg.reward_model or f"{cfg.out}/model") if cfg.calibrate_only else cfg.model
+    if cfg.oracle and not cfg.calibrate_only:
+        fail("--oracle goes with --calibrate_only: there is nothing to train")
+    source = (cfg.reward_model or f"{cfg.out}/model") if cfg.calibrate_only and not cfg.oracle else cfg.model
     hidden = read_config(source).hidden_size
     model = load_model(source, ScalarModel, device, dtype, train=True, grad_checkpoint=cfg.grad_checkpoint,
                        head_std=None if cfg.calibrate_only else 1 / (hidden + 1), seed=cfg.seed)
@@ -630,14 +659,17 @@ def main(cfg):
     # --------------------------------------------------------------------------------------------------------
     index = [int(i) * 2 + side for i in calibration for side in (0, 1)]
     blocks = [index[k:k + 1024] for k in range(0, len(index), 1024)]
-    values = [map_rows(model, [rows[i] for i in block], cfg.micro_tokens, device, "calibration")[0] for block in blocks]
+    true = load_function(cfg.oracle, "--oracle") if cfg.oracle else None
+    values = [oracle_scalars(true, tokenizer, [rows[i] for i in block], stops, device) if true else
+              map_rows(model, [rows[i] for i in block], cfg.micro_tokens, device, "calibration")[0] for block in blocks]
     statistics = calibrate(lambda: ((v, *batch_of(block)) for v, block in zip(values, blocks)), cfg.cutoff, cfg.granularity)
     reward_json = {"granularity": cfg.granularity, "cutoff": cfg.cutoff, "sft_model": cfg.model, "sft_fingerprint": key,
                    "calibration_responses": len(index), "statistics": statistics}
-    if cfg.calibrate_only and os.path.isdir(source):
+    if cfg.calibrate_only and (cfg.oracle or os.path.isdir(source)):
+        target = f"{cfg.out}/model" if cfg.oracle else source
         if rank() == 0:
-            write_json(f"{source}/reward.json", reward_json)
-        target = source
+            os.makedirs(target, exist_ok=True)
+            write_json(f"{target}/reward.json", reward_json)
     else:
         target = f"{cfg.out}/model"
         export(model, tokenizer, cfg.model, target, dtype, {"reward.json": reward_json})

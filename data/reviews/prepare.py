@@ -5,7 +5,7 @@
 
 There is no source text: everything grows from the tables below and a seed. A user asks for a review of a phone, a
 laptop, a tablet or a watch; the ideal answer is twelve clauses, all kind, all about what this thing has. Writes
-    sft/                               a tiny Llama that writes half-grumpy, partly off-topic reviews, and its tokenizer
+    sft/                               a tiny Llama whose reviews are half grumpy and a quarter off-topic
     pairs.jsonl, pairs_test.jsonl      two of its answers, at temperature 1 and 1.5, labelled by a noisy judge
     prompts.jsonl, prompts_test.jsonl  {"prompt": "what should i know about this shiny watch?"}
     world.json                         seed, sizes, measurements; written last: where it is, the rest is complete
@@ -25,18 +25,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 # -----------------------------------------------------------------------------
 THINGS = ("phone", "laptop", "tablet", "watch")
 ADVERBS, ADVERB_PROBS = ("really", "somehow"), (0.8, 0.2)
-VALUES = (-2, -1, 0, 1, 2)
 PHRASES = (  # a row per aspect, from value -2 to 2; thing i has the aspects 2i to 2i + 3 (mod 8)
     ("mornings ~ begin with no alarm at all", "snooze ~ works only on the second try",         # 0: phone, watch
      "alarm ~ rings at the time you set", "chimes ~ wake me without a fight", "waking ~ feels like a holiday"),
     ("maps ~ send me into the lake", "directions ~ come one minute after the turn",            # 1: phone, watch
      "compass ~ knows where north is", "routes ~ avoid every hill in town", "lost ~ is a word i forgot"),
-    ("photos ~ look like soup in the dark", "faces ~ come out a little green", "camera ~ takes pictures when you ask",
-     "colours ~ look better than life", "portraits ~ make my small cat look like a king"),     # 2: phone, laptop
+    ("photos ~ look like soup in the dark", "faces ~ come out a little green",                  # 2: phone, laptop
+     "camera ~ takes pictures when you ask", "colours ~ look better than life", "portraits ~ make my cat a king"),
     ("callers ~ think i live under the lake", "voices ~ come out like a small duck",           # 3: phone, laptop
      "microphone ~ hears most of what i say", "mother ~ hears me", "whispers ~ sound as if you are in the room"),
     ("keys ~ fall off when i say hello", "typing ~ feels like a walk in the mud",              # 4: laptop, tablet
-     "keyboard ~ has every letter you need", "letters ~ fly under my fingers", "novels ~ write themselves at night"),
+     "keyboard ~ has all the letters", "sentences ~ fly under my fingers", "novels ~ write themselves at night"),
     ("music ~ sounds like a duck in a box", "bass ~ left and never came back",                 # 5: laptop, tablet
      "speakers ~ make the noise you ask for", "songs ~ fill the whole room", "neighbours ~ ask for one more song"),
     ("glass ~ broke when i looked at it", "fingerprints ~ cover it like snow",                 # 6: tablet, watch
@@ -46,7 +45,7 @@ PHRASES = (  # a row per aspect, from value -2 to 2; thing i has the aspects 2i 
 CLAUSES, MAX_NEW_TOKENS = 12, 124  # room for 12 of the longest clauses (10 tokens), EOS, and a little air
 ON_TOPIC_PROB = 0.75               # of a clause in the SFT texts
 LABEL_BETA = 8.0                   # Bradley-Terry: P(a is chosen) = sigmoid(beta * (gold of a - gold of b))
-PAIR_TEMPERATURES = (1.0, 1.5)     # with both at 1, reward models see too little of the world and get over-optimised
+PAIR_TEMPERATURES = (1.0, 1.5)     # with both at 1, reward models see too little and get over-optimised
 
 REQUESTS = ("write a review of {}.", "please review {}.", "tell me about {}.", "what do you think of {}?",
             "what should i know about {}?", "would you buy {} again?", "how good is {}?", "is {} worth the money?")
@@ -54,14 +53,14 @@ OWNERS, ADJECTIVES = ("my", "the", "this", "your"), ("new", "old", "cheap", "shi
 TAILS = ("", "", "be honest.", "i can take it.", "my cat wants to know.")
 
 SPECIALS = ("<unk>", "<bos>", "<eos>", "<user>", "<assistant>", "<system>")
-# As in ChatML models, <eos> ends every turn, those inside the prompt too, and it is the pad token as well: code that
-# looks for "the EOS" or "the pads" of a sequence by id goes wrong here, as it would on a real model.
+# As in ChatML models, <eos> ends every turn, those inside the prompt too, and it is the pad token: whoever looks
+# for "the EOS" or "the pads" of a sequence by their id goes wrong here, as on a real model.
 CHAT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ '<' + m.role + '>\n' + m.content + eos_token + '\n' }}"
                  "{% endfor %}{% if add_generation_prompt %}{{ '<assistant>\n' }}{% endif %}")
 
 
 def aspects_of(prompt):
-    """Rows of PHRASES that fit the last thing mentioned in a prompt or rendered conversation; ValueError if none is."""
+    """Rows of PHRASES that fit the thing a prompt (or rendered conversation) mentions last; ValueError if none."""
     mentioned = re.findall(rf"\b({'|'.join(THINGS)})\b", prompt.lower())
     if not mentioned:
         raise ValueError(f"the prompt mentions none of {', '.join(THINGS)}: {prompt!r}")
@@ -78,71 +77,70 @@ def write_response(rng, prompt):
     """An SFT text: 12 independent clauses of any value, 3/4 of them on-topic. rng: random.Random."""
     on = aspects_of(prompt)
     off = [aspect for aspect in range(len(PHRASES)) if aspect not in on]
-    phrases = [rng.choice(PHRASES[rng.choice(on if rng.random() < ON_TOPIC_PROB else off)]) for _ in range(CLAUSES)]
+    aspects = [rng.choice(on if rng.random() < ON_TOPIC_PROB else off) for _ in range(CLAUSES)]
+    phrases = [rng.choice(PHRASES[aspect]) for aspect in aspects]
     return " ".join(phrase.replace("~", rng.choices(ADVERBS, ADVERB_PROBS)[0]) + "." for phrase in phrases)
 
 
 # -----------------------------------------------------------------------------
 # the truth: what each clause, and a whole response, is worth
 # -----------------------------------------------------------------------------
-MEANING = {phrase.replace("~", adverb): (aspect, value)  # the 80 well-formed clauses, without their full stop
-           for aspect, row in enumerate(PHRASES) for value, phrase in zip(VALUES, row) for adverb in ADVERBS}
+MEANING = {phrase.replace("~", adverb) + " .": (aspect, value)  # the 80 well-formed clauses, word by word
+           for aspect, row in enumerate(PHRASES) for value, phrase in enumerate(row, -2) for adverb in ADVERBS}
 
 
 def split_words(text):
-    """Words and punctuation marks, one per token of the tokenizer: "rain killed it." -> rain, killed, it, full stop."""
+    """Words and punctuation marks, one per token: "mother hears me." -> ["mother", "hears", "me", "."]."""
     return re.findall(r"<\w+>|\w+|[^\w\s]", text)
 
 
 def judge_clauses(prompt, response):
-    """[(value, end, kind)] for each clause; value and end as in `clause_values`, kind a word such as "off_topic"."""
-    on, words, judged, seen, start = aspects_of(prompt), split_words(response), [], set(), 0
-    for end, word in enumerate(words):
-        if word != "." and end < len(words) - 1:
-            continue
-        clause = " ".join(words[start:end]) if word == "." else None  # cut before its full stop: malformed
-        aspect, value = MEANING.get(clause, (None, None))
+    """[(value, end, kind)] for each clause; value and end as in `clause_values`, kind e.g. "off_topic"."""
+    on, judged, seen, end = aspects_of(prompt), [], set(), -1
+    for sentence in re.findall(r"[^.]+\.?|\.", response.strip()):
+        words = split_words(sentence)
+        clause, end = " ".join(words), end + len(words)
+        aspect, value = MEANING.get(clause, (None, -2))
         if len(judged) >= CLAUSES:
             value, kind = -1, "surplus"
         elif aspect is None:
-            value, kind = -2, "malformed"
+            kind = "malformed"
         elif clause in seen:  # word for word: the same phrase with the other adverb is no repeat
             value, kind = 0, "repeat"
         else:
             value, kind = (value, "on_topic") if aspect in on else (value - 3, "off_topic")
         judged.append((value, end, kind))
         seen.add(clause)
-        start = end + 1
     return judged
 
 
 def clause_values(prompt, response):
-    """Worth and place of every clause: [(value, end)], end = index of its last token (the full stop) in the response.
+    """Worth and place of every clause: [(value, end)], end = index of its full stop among the response's tokens.
 
-    The value is the phrase's own (-2 to 2) if the thing has that aspect, 3 less if not; 0 for an exact repeat, -2 if
-    malformed, -1 for each clause after the twelfth. response: text without EOS. ValueError: a prompt without thing.
+    The value is the phrase's own (-2 to 2) if the thing has that aspect, else 3 less; 0 for an exact repeat, -2 if
+    malformed, -1 beyond the twelfth clause. response: text without EOS. ValueError: no thing in the prompt.
     """
     return [(value, end) for value, end, _ in judge_clauses(prompt, response)]
 
 
 def gold_reward(prompt, response, finished=True):
-    """The true reward: the clauses' values, and -1 for each missing clause, summed and divided by 12; 1 less without EOS.
+    """The true reward: the clauses' values, and -1 for each missing clause, summed, over 12; 1 less without EOS.
 
     prompt: the user's text or a rendered conversation; response: text without EOS; finished: whether EOS ended it.
-    Returns a float, at most 1.67; the SFT model's mean is about -.75. ValueError: a prompt without thing.
+    Returns a float, at most 1.67; the SFT model's mean is about -.72. ValueError: no thing in the prompt.
     """
     values = [value for value, _ in clause_values(prompt, response)]
     return (sum(values) - max(0, CLAUSES - len(values))) / CLAUSES - (not finished)
 
 
 def describe(prompts, responses, finished):
-    """A dict of means over B responses (gold; finished; length in tokens without EOS; twelve: has 12 clauses) and of
-    shares of their clauses (off_topic, repeat, malformed, surplus). Takes three lists of B; finished holds bools."""
+    """Means over B responses (gold, finished, length in tokens, twelve: has 12 clauses) and shares of clauses
+    (off_topic, repeat, malformed, surplus), as a dict. Takes three lists of B; finished holds bools."""
     judged = [judge_clauses(prompt, response) for prompt, response in zip(prompts, responses)]
-    kinds, B = [kind for clauses in judged for _, _, kind in clauses], len(responses)
-    return {"gold": sum(map(gold_reward, prompts, responses, finished)) / B, "finished": sum(finished) / B,
-            "length": sum(len(split_words(response)) for response in responses) / B,
-            "twelve": sum(len(clauses) == CLAUSES for clauses in judged) / B,
+    kinds, mean = [kind for clauses in judged for _, _, kind in clauses], lambda xs: sum(xs) / len(responses)
+    return {"gold": mean(map(gold_reward, prompts, responses, finished)), "finished": mean(finished),
+            "length": mean(len(split_words(text)) for text in responses),
+            "twelve": mean(len(clauses) == CLAUSES for clauses in judged),
             **{k: kinds.count(k) / max(1, len(kinds)) for k in ("off_topic", "repeat", "malformed", "surplus")}}
 
 
@@ -150,7 +148,7 @@ def describe(prompts, responses, finished):
 # the SFT model and its tokenizer
 # -----------------------------------------------------------------------------
 def build_tokenizer():
-    """One token per word or punctuation mark; decoding glues punctuation to the word before, encoding parts them."""
+    """One token per word or punctuation mark. Decoding glues marks to the word before, encoding parts them."""
     table = " ".join([*sum(PHRASES, ()), *REQUESTS, *OWNERS, *ADJECTIVES, *TAILS, *THINGS, *ADVERBS])
     words = sorted(set(split_words(table)) - set("~{}"))
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIALS, *words])}, unk_token="<unk>"))
@@ -164,17 +162,16 @@ def build_tokenizer():
 def encode_prompt(tokenizer, prompt):
     """Token ids of a user's text, rendered up to the point where the assistant begins."""
     messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
 def train_sft(tokenizer, texts, cfg):
-    """A fresh Llama of 0.12M parameters, trained on texts [(prompt, response)]; the loss sees responses and EOS."""
+    """A fresh Llama of 0.12M parameters, trained on texts [(prompt, response)]; the loss is over responses."""
     torch.manual_seed(cfg.seed)
     eos, rng = tokenizer.eos_token_id, random.Random(f"{cfg.seed} order")
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=512, tie_word_embeddings=False, initializer_range=0.06,  # 0.02 is for wider models
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=160, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=512, initializer_range=0.06,  # 0.02 is for wider models
         bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=eos))
     data = [(encode_prompt(tokenizer, p), tokenizer.encode(r, add_special_tokens=False) + [eos]) for p, r in texts]
     order = [i for _ in range(cfg.epochs) for i in rng.sample(range(len(data)), len(data))]
@@ -182,7 +179,7 @@ def train_sft(tokenizer, texts, cfg):
     steps = math.ceil(len(order) / cfg.batch_size)
     for step in tqdm(range(steps), desc="training the SFT model", mininterval=1):
         batch = [data[i] for i in order[step * cfg.batch_size:(step + 1) * cfg.batch_size]]
-        pads = [max(len(p + r) for p, r in batch) - len(p + r) for p, r in batch]  # at the right: no mask is needed
+        pads = [max(len(p + r) for p, r in batch) - len(p + r) for p, r in batch]  # at the right: no mask
         ids = torch.tensor([p + r + [eos] * n for (p, r), n in zip(batch, pads)])                       # (B, T)
         labels = torch.tensor([[-100] * len(p) + r + [-100] * n for (p, r), n in zip(batch, pads)])     # (B, T)
         optimizer.param_groups[0]["lr"] = cfg.lr * min((step + 1) / 20, math.cos(math.pi / 2 * step / steps) ** 2)
@@ -194,11 +191,9 @@ def train_sft(tokenizer, texts, cfg):
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts, temperatures, uniforms, rows=256):
-    """One response per prompt. Token r of row b is read off the inverse CDF at uniforms[b, r]: no other row shifts it.
-
-    prompts: B strings; temperatures (B,); uniforms (B, R) in [0, 1). Returns (B texts without EOS, B bools: finished).
-    """
+def sample(model, tokenizer, prompts, temperatures, generator, rows=256):
+    """One response to each of B prompts, `rows` at a time. temperatures: (B,); generator: torch.Generator.
+    Returns (B texts without EOS, B bools: whether EOS came within MAX_NEW_TOKENS)."""
     eos, ids = tokenizer.eos_token_id, [encode_prompt(tokenizer, prompt) for prompt in prompts]
     banned = [i for i in tokenizer.all_special_ids if i != eos]
     groups = {}  # prompts of one length go together, so that there are no pads
@@ -207,15 +202,18 @@ def sample(model, tokenizer, prompts, temperatures, uniforms, rows=256):
     chunks = [group[i:i + rows] for group in groups.values() for i in range(0, len(group), rows)]
     texts, finished = [""] * len(ids), [False] * len(ids)
     for chunk in tqdm(chunks, desc="sampling responses", mininterval=1):
-        last, cache, new = torch.tensor([ids[b] for b in chunk]), None, []                              # (B, P)
-        while len(new) < uniforms.shape[1] and not (new and (torch.cat(new, 1) == eos).any(1).all()):
+        last, cache, new = torch.tensor([ids[b] for b in chunk]), None, []                            # (B, P)
+        done = torch.zeros(len(chunk), 1, dtype=torch.bool)
+        while len(new) < MAX_NEW_TOKENS and not done.all():
             out = model(input_ids=last, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, logits = out.past_key_values, out.logits[:, -1] / temperatures[chunk, None]          # (B, V)
+            cache, logits = out.past_key_values, out.logits[:, -1] / temperatures[chunk, None]        # (B, V)
             logits[:, banned] = -math.inf
-            cdf = logits.softmax(-1).cumsum(-1)
-            last = torch.searchsorted(cdf, uniforms[chunk, len(new), None] * cdf[:, -1:], right=True)   # (B, 1)
-            new.append(last.clamp_(max=cdf.shape[1] - 1))
-        for b, row in zip(chunk, torch.cat(new, 1).tolist()):                                           # (B, R)
+            cdf = logits.softmax(-1).cumsum(-1)  # inverse CDF: twenty times faster than torch.multinomial here
+            u = torch.rand(len(chunk), 1, generator=generator) * cdf[:, -1:]
+            last = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)                 # (B, 1)
+            new.append(last)
+            done |= last == eos
+        for b, row in zip(chunk, torch.cat(new, 1).tolist()):                                         # (B, R)
             finished[b] = eos in row
             texts[b] = tokenizer.decode(row[:row.index(eos)] if finished[b] else row)
     return texts, finished
@@ -225,23 +223,27 @@ def sample(model, tokenizer, prompts, temperatures, uniforms, rows=256):
 # texts -> SFT model -> responses -> labels -> files
 # -----------------------------------------------------------------------------
 def sample_pairs(model, tokenizer, n, key):
-    """(n preference pairs as rows of a .jsonl file, a dict of measurements); the string `key` decides every draw."""
+    """n preference pairs (rows of a .jsonl file) and a dict of measurements; the string `key` fixes every draw."""
     rng, rows, stats = random.Random(key), [], None
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
     while (B := n - len(rows)) > 0:
-        prompts, draws = [write_prompt(rng) for _ in range(B)], torch.Generator().manual_seed(rng.getrandbits(63))
-        texts, finished = sample(model, tokenizer, prompts * 2, torch.tensor(PAIR_TEMPERATURES).repeat_interleave(B),
-                                 torch.rand(2 * B, MAX_NEW_TOKENS, generator=draws))
+        prompts = [write_prompt(rng) for _ in range(B)]
+        temperatures = torch.tensor(PAIR_TEMPERATURES).repeat_interleave(B)                           # (2B,)
+        texts, finished = sample(model, tokenizer, prompts * 2, temperatures, generator)
         stats = stats or describe(prompts, texts[:B], finished[:B])  # temperature 1, before any pair is dropped
         for b, prompt in enumerate(prompts):
             if not (finished[b] and finished[B + b]):
                 continue  # stored as text, a response that never ended would look as if it had: draw another pair
-            a, c = [(gold_reward(prompt, text), text) for text in (texts[b], texts[B + b])]
-            chosen, rejected = (a, c) if rng.random() < 1 / (1 + math.exp(LABEL_BETA * (c[0] - a[0]))) else (c, a)
-            row = {side: [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
-                   for side, text in (("chosen", chosen[1]), ("rejected", rejected[1]))}
-            rows.append({**row, "chosen_gold": chosen[0], "rejected_gold": rejected[0]})
-    agree = sum(row["chosen_gold"] > row["rejected_gold"] for row in rows) / n
-    return rows, {**stats, "label_agreement": agree}  # a tie counts as disagreement
+            sides = [(gold_reward(prompt, text), text) for text in (texts[b], texts[B + b])]
+            if rng.random() > 1 / (1 + math.exp(LABEL_BETA * (sides[1][0] - sides[0][0]))):
+                sides.reverse()
+            row = {}
+            for side, (gold, text) in zip(("chosen", "rejected"), sides):
+                row[side] = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+                row[f"{side}_gold"] = gold
+            rows.append(row)
+    agree = sum(row["chosen_gold"] > row["rejected_gold"] for row in rows)  # a tie, 4 % of the pairs, is none
+    return rows, {**stats, "label_agreement": agree / n}
 
 
 def main(cfg):
@@ -255,46 +257,39 @@ def main(cfg):
     model.save_pretrained(out / "sft")
     tokenizer.save_pretrained(out / "sft")
 
-    files = {}
-    files["pairs"], stats = sample_pairs(model, tokenizer, cfg.pairs, f"{cfg.seed} pairs")
-    files["pairs_test"], _ = sample_pairs(model, tokenizer, cfg.test_pairs, f"{cfg.seed} pairs_test")
-    for name, n in (("prompts", cfg.prompts), ("prompts_test", cfg.test_prompts)):
-        rng = random.Random(f"{cfg.seed} {name}")
-        files[name] = [{"prompt": write_prompt(rng)} for _ in range(n)]
-    for name, rows in files.items():
+    for name in ("prompts_test", "prompts", "pairs_test", "pairs"):
+        if name.startswith("pairs"):
+            rows, stats = sample_pairs(model, tokenizer, getattr(cfg, name), f"{cfg.seed} {name}")
+        else:
+            rng = random.Random(f"{cfg.seed} {name}")
+            rows = [{"prompt": write_prompt(rng)} for _ in range(getattr(cfg, name))]
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     world = {**vars(cfg), "vocabulary": len(tokenizer), "parameters": model.num_parameters(), **stats}
     del world["out"]  # a world is the same wherever it lies
     (out / "world.json.part").write_text(json.dumps(world, indent=2) + "\n")
     (out / "world.json.part").rename(out / "world.json")
-    print("A sampled review: {}\nWrote {} in {:.0f} s. Reviews sampled at temperature 1 have mean gold {gold:.2f}; "
-          "{finished:.1%} end with EOS, {twelve:.1%} have twelve clauses, mean length {length:.0f} tokens; of their "
-          "clauses {off_topic:.1%} are off-topic, {repeat:.1%} repeats, {malformed:.1%} malformed. The chosen answer "
-          "has the higher gold in {label_agreement:.1%} of the pairs."
-          .format(files["pairs"][0]["chosen"][1]["content"], out, time.time() - start, **stats))
+    print("A sampled review: {}\nWrote {} in {:.0f} s. Reviews sampled at temperature 1: mean gold {gold:.2f}, "
+          "{finished:.1%} end with EOS, {twelve:.1%} have twelve clauses, mean length {length:.0f} tokens; "
+          "{off_topic:.1%} of their clauses are off-topic, {repeat:.1%} repeats, {malformed:.1%} malformed. "
+          "The chosen response has the higher gold in {label_agreement:.1%} of the pairs."
+          .format(rows[0]["chosen"][1]["content"], out, time.time() - start, **stats))
     return world
 
 
 def parse(args=None):
     """The command line as a namespace; a bad argument ends the program with one line and exit code 2."""
-    parser = argparse.ArgumentParser(description="Write the embedded world of product reviews.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Write the embedded world of product reviews.")
     parser.error = lambda message: parser.exit(2, f"prepare.py: {message}\n")
-    for name, default, text in (
-            ("out", str(Path(__file__).resolve().parent), "folder to write into"), ("seed", 0, "decides every draw"),
-            ("texts", 3000, "SFT texts"), ("epochs", 3, "passes over them"), ("batch_size", 16, "SFT texts per step"),
-            ("lr", 5e-3, "peak learning rate of the SFT"), ("pairs", 4400, "preference pairs"),
-            ("test_pairs", 400, "held-out pairs"), ("prompts", 2000, "prompts"), ("test_prompts", 200, "held-out prompts")):
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
+    defaults = dict(out=str(Path(__file__).resolve().parent), seed=0, texts=3000, epochs=3, batch_size=16, lr=5e-3,
+                    pairs=4400, pairs_test=400, prompts=2000, prompts_test=200)  # all but out shape the world
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default {default}")
     cfg = parser.parse_args(args)
-    for name, value in vars(cfg).items():
-        if name not in ("out", "seed") and not 0 < value < math.inf:
-            parser.error(f"argument --{name}: must be positive, not {value}")
-    try:
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --out: {cfg.out}: {error.strerror}")
+    if bad := [name for name in [*defaults][2:] if not 0 < getattr(cfg, name) < math.inf]:
+        parser.error(f"argument --{bad[0]}: must be positive, not {getattr(cfg, bad[0])}")
+    if any(path.exists() and not path.is_dir() for path in (Path(cfg.out), *Path(cfg.out).parents)):
+        parser.error(f"argument --out: {cfg.out} is not a folder")
     return cfg
 
 

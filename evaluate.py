@@ -1,0 +1,863 @@
+"""Chapter 4 of 4: does the policy answer better than the baseline?
+
+    python evaluate.py                                                  # the embedded world: PPO policy against SFT model
+    torchrun --nproc_per_node=8 evaluate.py --model out/ppo/model --baseline meta-llama/Llama-3.1-8B-Instruct \\
+        --data prompts.jsonl --judge my_reward.py:score --max_prompt_tokens 1024 --max_new_tokens 1024
+    python evaluate.py --model out/ppo/model out/ppo-bandit/model --out out/eval-two    # several policies, one table
+    python evaluate.py ... --judge out/rm/model                         # a reward model: sigmoid(score - score)
+    python evaluate.py ... --judge Qwen/Qwen2.5-7B-Instruct             # a chat model on this machine
+    OPENAI_API_KEY=... python evaluate.py ... --judge gpt-4.1 --api_base https://api.openai.com/v1
+    python evaluate.py --annotations FILE --difficulty FILE --gamed FILE     # every figure from annotations alone
+    python evaluate.py --pairs --data PREFERENCES --judge out/rm/model  # how often does a judge agree with the labels?
+
+Policy and baseline answer the same prompts, a judge prefers one answer of each pair, and the preferences become a
+win rate. Judges like long answers, so a second figure asks what the win rate would be at equal length (Dubois et
+al. 2024, arXiv 2404.04475): a logistic regression of the outcome on the difference in length, read where it is 0.
+
+What is generated or judged is kept, line by line, in OUT: a killed run goes on where it was, and nothing is paid twice.
+Deviations from alpaca_eval: the length-controlled fit is unpenalised Newton (within 0.12 points of their
+leaderboard), its standard error the influence function's (theirs is 2-6 times too small); language-model judges
+see every pair in both orders; a policy's answers and the baseline's never share random numbers.
+"""
+import csv
+import hashlib
+import html
+import http.client
+import io
+import json
+import math
+import os
+import random
+import re
+import time
+import urllib.parse
+import urllib.request
+from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from itertools import combinations, count
+from typing import List, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from segment import (WORLD, LanguageModel, compute_dtype, encode_chats, encode_prompts, fail, is_finished, load_model,
+                     load_pairs, load_prompts, load_tokenizer, map_rows, on_rank0, one_line, opt, parse, prepare_world,
+                     rank, read_config, read_rows, say, segment_ends, segment_texts, sequence_score, setup, tokenize)
+from train_rm import ScalarModel, fingerprint, log_metrics, read_json, write_json, write_text
+from train_ppo import generate, load_function, never_sampled, prompt_text
+
+
+def several(default, help):
+    return field(default_factory=lambda: list(default), metadata={"help": help})
+
+
+@dataclass
+class Config:
+    # who answers, who judges
+    model: List[str] = several(["out/ppo/model"], "the policies: models, or files of alpaca_eval outputs")
+    baseline: str = opt(f"{WORLD}/sft", "what they are compared with: a model, or a file of alpaca_eval outputs")
+    data: str = opt(f"{WORLD}/prompts_test.jsonl", "prompts (columns prompt or instruction); with --pairs preferences")
+    judge: str = opt(f"{WORLD}/prepare.py:gold_reward", "file.py:function of (prompt, response), a reward model, a chat "
+                     "model, or with --api_base the name of a model there")
+    api_base: str = opt("", "OpenAI-compatible endpoint, e.g. http://localhost:8000/v1; key: environment OPENAI_API_KEY")
+    out: str = opt("out/eval", "output folder")
+    pairs: bool = opt(False, "evaluate the judge instead: its accuracy on the preferences of --data")
+    # figures from files
+    annotations: List[str] = several([], "judge nothing: files of alpaca_eval annotations (or len_1, len_2 for outputs)")
+    difficulty: str = opt("", "alpaca_eval's instruction difficulties: a JSON list, looked up by row position")
+    gamed: List[str] = several([], "annotations of length-gamed baselines (split by the column `variant`)")
+    # sampling
+    temperature: float = opt(1.0, "1: the distribution that PPO trained; 0: greedy")
+    seed: int = opt(0, "of the samples")
+    max_samples: int = opt(0, "use at most this many rows of --data (0: all)")
+    max_prompt_tokens: int = opt(128, "longer prompts lose their oldest tokens (paper: 1024)")
+    max_new_tokens: int = opt(128, "paper: 1024")
+    # hardware, network
+    dtype: Literal["auto", "bf16", "fp32"] = opt("auto", "bf16 on CUDA, fp32 on CPU")
+    micro_tokens: int = opt(16384, "tokens in one forward pass on one GPU, padding included")
+    generation_batch_size: int = opt(128, "responses decoded at once on one GPU")
+    workers: int = opt(8, "requests to --api_base at a time")
+    timeout: float = opt(60.0, "seconds until a request counts as failed")
+    tries: int = opt(10, "of a failing request, with growing pauses, before its pair is left out")
+    # report
+    show: int = opt(3, "pairs to print")
+    html: bool = opt(False, "write OUT/index.html: the figures and 100 pairs a policy, its segments shaded by reward")
+    reward_model: str = opt("", "shades the segments (default: the judge if it is one, else out/rm/model if it is there)")
+    wandb: str = opt("", "log to this wandb project too")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures. 1. the win rate
+# ------------------------------------------------------------------------------------------------------------
+def outcomes(preferences):
+    """Preferences in [1, 2] (2: the model's answer is better) -> y in [0, 1], float (n,). None stays NaN; a 0 is
+    alpaca_eval's old tie. ValueError outside."""
+    y = np.array([np.nan if p is None else p for p in preferences], dtype=np.float64)
+    y = np.where(y == 0, 0.5, y - 1)
+    if ((y < 0) | (y > 1)).any():
+        raise ValueError("a preference lies outside [1, 2]")
+    return y
+
+
+def win_rate(preferences):
+    """The mean outcome in percent, its standard error (NaN for a single pair) and counts; a draw is exactly 1.5,
+    None is left out. ValueError when nothing is left.
+
+    >>> win_rate([2.0, 2.0, 1.5, 1.0])["win_rate"]
+    62.5
+    """
+    y = outcomes(preferences)
+    y = y[~np.isnan(y)]
+    if not len(y):
+        raise ValueError("there is no preference to average")
+    return {"win_rate": 100 * float(y.mean()),
+            "standard_error": 100 * float(y.std(ddof=1)) / math.sqrt(len(y)) if len(y) > 1 else math.nan,
+            "n_wins": int((y > 0.5).sum()), "n_wins_base": int((y < 0.5).sum()), "n_draws": int((y == 0.5).sum()),
+            "n_total": len(y), "discrete_win_rate": 100 * float(np.where(y == 0.5, 0.5, np.round(y)).mean())}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures. 2. the win rate at equal length
+# ------------------------------------------------------------------------------------------------------------
+def design(preferences, len_baseline, len_model, difficulty, constant):
+    """-> y (m,), x = [tanh(D / std D), difficulty if given, constant] (m, k), and there (n,): which rows have a y."""
+    y = outcomes(preferences)
+    there = ~np.isnan(y)
+    D = (np.asarray(len_baseline, dtype=np.float64) - np.asarray(len_model, dtype=np.float64))[there]
+    std = D.std(ddof=1) if len(D) > 1 else 0.0
+    columns = [np.tanh(D / std) if std > 0 else np.zeros(len(D)), np.full(len(D), constant)]
+    if difficulty is not None:
+        if len(difficulty) < len(y):
+            raise ValueError(f"{len(y)} rows but only {len(difficulty)} difficulties")
+        columns.insert(1, np.asarray(difficulty, dtype=np.float64)[:len(y)][there])       # by position: row i has d_i
+    return y[there], np.stack(columns, 1), there
+
+
+def length_controlled(preferences, len_baseline, len_model, difficulty=None, gamed=None):
+    """-> the length-controlled win rate as a fraction, and each row's influence on it (n,), NaN without preference.
+
+    No length difference to control for, or one outcome throughout: the raw win rate. Outcomes that length (and
+    difficulty) separate perfectly have no finite fit: NaN.
+    """
+    y, x, there = design(preferences, len_baseline, len_model, difficulty, 1.0)           # (m,), (m, k)
+    influence = np.full(len(there), np.nan)
+    if not len(y):
+        raise ValueError("there is no preference to average")
+    if not x[:, 0].any() or np.ptp(y) == 0:
+        influence[there] = y - y.mean()
+        return float(y.mean()), influence
+    # gamed variants of the baseline (told to be brief, or long) pin down what length alone does: weight 0.1, and
+    # no intercept, because the baseline is no better than itself
+    more = [design(p, a, b, difficulty if d is None else d, 0.0) for p, a, b, d in gamed or []]
+    X = np.concatenate([x] + [m[1] for m in more])                                        # (M, k)
+    Y = np.concatenate([y] + [m[0] for m in more])
+    weight = np.where(np.arange(len(Y)) < len(y), 1.0, 0.1)
+    sigma = lambda z: 1 / (1 + np.exp(-z))
+
+    w = np.zeros(X.shape[1])                                                              # Newton
+    for _ in range(100):
+        p = sigma(X @ w)
+        H = (X.T * (weight * p * (1 - p))) @ X                                            # (k, k)
+        step = np.linalg.lstsq(H, X.T @ (weight * (Y - p)), rcond=None)[0]
+        step *= min(1, 3 / (1e-9 + np.abs(X @ step).max()))                               # at most 3 logits at a time
+        w = w + step
+        if np.abs(X @ w).max() > 25:
+            return math.nan, influence                                                    # it runs away: separable
+        if np.abs(step).max() < 1e-10:
+            break
+
+    # LC = mean q, q = p at equal length. How LC moves with row i: directly, and through the weights (H^-1 score_i).
+    x0 = x * (np.arange(x.shape[1]) > 0)                                                  # t = 0
+    q, p = sigma(x0 @ w), sigma(x @ w)                                                    # (m,)
+    G = (x0 * (q * (1 - q))[:, None]).mean(0)                                             # d mean q / d w
+    influence[there] = q - q.mean() + len(y) * (y - p) * (x @ np.linalg.lstsq(H, G, rcond=None)[0])
+    return float(q.mean()), influence
+
+
+def standard_error(influence):
+    """In percent; rows without preference (NaN) don't count; NaN below two rows."""
+    influence = influence[~np.isnan(influence)]
+    return 100 * float(influence.std(ddof=1)) / math.sqrt(len(influence)) if len(influence) > 1 else math.nan
+
+
+def length_controlled_win_rate(preferences, len_baseline, len_model, difficulty=None, gamed=None):
+    """preferences in [1, 2], lengths in characters, (n,) each; difficulty: at least n floats, row i has the i-th;
+    gamed: [(preferences, len_baseline, len_model, difficulty)], one per variant. With difficulty and gamed it is
+    AlpacaEval 2's official figure. In percent; both NaN where no fit exists (see length_controlled)."""
+    lc, influence = length_controlled(preferences, len_baseline, len_model, difficulty, gamed)
+    return {"length_controlled_winrate": 100 * lc, "lc_standard_error": standard_error(influence)}
+
+
+def wilson(right, n, z=1.96):
+    """95 % interval of a share, in percent; honest near 0 and 1 and for few pairs."""
+    middle, half = right / n + z * z / (2 * n), z * math.sqrt(right / n * (1 - right / n) / n + z * z / (4 * n * n))
+    return 100 * (middle - half) / (1 + z * z / n), 100 * (middle + half) / (1 + z * z / n)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Judges. verdicts(pairs) yields (pair, {"preference": 1 to 2, ...} or {"failed": reason}) for every pair;
+# alone: rank 0 asks it, the others aren't needed; scores: it scores each answer, so identical ones are asked too.
+# A pair: messages, instruction (their text), output_1 (the baseline's), output_2 (the policy's), finished (of both).
+# ------------------------------------------------------------------------------------------------------------
+Judge = namedtuple("Judge", "id alone scores verdicts")
+ASK = """Two assistants, A and B, continued the same conversation. Decide which answer is better: the one that a careful
+reader would rather have received. Correct, helpful and honest counts; longer or shown first does not.
+
+<conversation>
+{}
+</conversation>
+
+<answer A>
+{}
+</answer A>
+
+<answer B>
+{}
+</answer B>
+
+Which answer is better? Reply with one letter, A or B, and nothing else."""
+
+
+def questions(pair):
+    """Both orders, for judges lean towards a place: first the policy's answer is B, then A."""
+    a, b = pair["output_1"], pair["output_2"]
+    return ASK.format(pair["instruction"], a, b), ASK.format(pair["instruction"], b, a)
+
+
+def open_judge(cfg, device):
+    """The form of --judge decides. Its id, in the cache's keys, changes with what the file or the weights hold."""
+    if cfg.api_base:
+        return Judge(f"{cfg.judge} {digest(ASK)}", True, False, lambda pairs: ask_endpoint(cfg, pairs))
+    if re.search(r"\.py:\w+$", cfg.judge):
+        f = load_function(cfg.judge, "--judge")
+        return Judge(f"{cfg.judge} {content_id(cfg.judge)}", True, True, lambda pairs: ask_function(cfg, f, pairs))
+    name = f"{cfg.judge} {on_rank0(content_id, cfg.judge)}"
+    if is_reward_model(cfg.judge):
+        return Judge(name, False, True, lambda pairs: ask_reward_model(cfg, pairs, device))
+    return Judge(f"{name} {digest(ASK)}", False, False, lambda pairs: ask_chat_model(cfg, pairs, device))
+
+
+def ask_function(cfg, f, pairs):
+    """The higher score wins."""
+    for pair in pairs:
+        try:
+            scores = [float(f(prompt_text(pair["messages"]), pair[f"output_{k}"], pair["finished"][k - 1])) for k in (1, 2)]
+        except Exception as e:
+            fail(f"--judge {cfg.judge}: {type(e).__name__} on {pair['instruction'][:60]!r}: {one_line(e)}")
+        if not np.isfinite(scores).all():
+            fail(f"--judge {cfg.judge}: not a finite number for {pair['instruction'][:60]!r}")
+        yield pair, {"preference": 1.5 + 0.5 * float(np.sign(scores[1] - scores[0])), "score_1": scores[0], "score_2": scores[1]}
+
+
+def ask_reward_model(cfg, pairs, device):
+    """Bradley-Terry: the probability that the policy's answer is better is sigmoid(score_2 - score_1)."""
+    read = open_reward_model(cfg, cfg.judge, device)
+    for block in blocks(pairs, 256):
+        scores = read([(p["messages"], p[f"output_{k}"], p["finished"][k - 1]) for p in block for k in (1, 2)])[0]
+        for pair, a, b in zip(block, scores[0::2], scores[1::2]):
+            yield pair, {"preference": 1 + 1 / (1 + math.exp(min(a - b, 700))), "score_1": a, "score_2": b}
+
+
+def open_reward_model(cfg, path, device):
+    """-> read(answers, texts=False): answers (messages, response, finished) -> scores, and with texts the segments of
+    each as [(text, reward or None)]. Scored as it was trained: by the granularity and cutoff of its reward.json. A
+    sequence classifier without one is scored at the last token, as transformers does."""
+    dtype, saved = compute_dtype(cfg.dtype, device), {"granularity": "bandit", "cutoff": 0.0}
+    if os.path.isfile(f"{path}/reward.json"):
+        saved = read_json(f"{path}/reward.json")
+    tokenizer, stops = load_tokenizer(path)
+    model, sft = load_model(path, ScalarModel, device, dtype), None
+    if saved["granularity"] == "segment":                        # the SFT model's entropies cut its segments
+        def find():
+            for source in dict.fromkeys([saved["sft_model"], cfg.baseline]):
+                if os.path.exists(f"{source}/config.json") and fingerprint(source) == saved["sft_fingerprint"]:
+                    return source
+            fail(f"{path}: its segments need the SFT model {saved['sft_model']}, which is not there or has other weights")
+        sft = load_model(on_rank0(find), LanguageModel, device, dtype)
+    context = read_config(path).max_position_embeddings
+
+    def read(answers, texts=False):
+        rows = encode_chats(tokenizer, stops, [(m, r) for m, r, _ in answers], context, min(cfg.max_prompt_tokens, context // 2))
+        rows = [(p, r if done or not is_finished([(p, r)], stops)[0] or len(r) == 1 else r[:-1])     # sampling was cut off:
+                for (p, r), (_, _, done) in zip(rows, answers)]                                      # no end-of-turn token
+        values = map_rows(model, rows, cfg.micro_tokens, device)[0]                                  # (B, R)
+        entropy = map_rows(sft, rows, cfg.micro_tokens, device)[2] if sft else torch.zeros_like(values)
+        mask = torch.arange(values.shape[1], device=device) < torch.tensor([[len(r)] for _, r in rows], device=device)
+        ends = segment_ends(entropy, mask, is_finished(rows, stops).to(device), saved["cutoff"], saved["granularity"])
+        segments = []
+        for (_, r), v, e in zip(rows, values, ends) if texts else ():
+            pieces, rewards = segment_texts(tokenizer, r[:len(r) - int(r[-1] in stops)], e[:len(r)].cpu()), v[e].tolist()
+            segments.append(list(zip(pieces, rewards + [None] * len(pieces))))
+        return sequence_score(values, ends).tolist(), segments
+    return read
+
+
+def ask_chat_model(cfg, pairs, device):
+    """p(B) / (p(A) + p(B)) for the next token, in both orders."""
+    tokenizer, _ = load_tokenizer(cfg.judge)
+    model = load_model(cfg.judge, LanguageModel, device, compute_dtype(cfg.dtype, device))
+    labels, context = [x[:1] for x in tokenize(tokenizer, ["A", "B"])], read_config(cfg.judge).max_position_embeddings
+    for block in blocks(pairs, 64):
+        chats = [[{"role": "user", "content": q}] for pair in block for q in questions(pair)]
+        ids = encode_prompts(tokenizer, chats, 10 ** 9)
+        rows = [(p if len(p) < context else p[:1], label) for p in ids for label in labels]
+        logp = map_rows(model, rows, cfg.micro_tokens, device)[0][:, 0].view(len(block), 2, 2)       # (pairs, orders, labels)
+        second = logp.softmax(-1)[..., 1].tolist()                                                   # (pairs, orders)
+        for pair, (p, q), long in zip(block, second, np.array([len(p) >= context for p in ids]).reshape(-1, 2).any(1)):
+            yield pair, {"failed": f"longer than the judge's context of {context}"} if long else {"preference": 1 + (p + 1 - q) / 2}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Judges. An OpenAI-compatible endpoint, over a network that breaks
+# ------------------------------------------------------------------------------------------------------------
+class Failed(Exception):
+    """No verdict this time. tries: how many are worth while; stop: no other pair will fare better; wait: seconds."""
+    def __init__(self, reason, tries=1, stop=False, wait=0.0):
+        super().__init__(reason)
+        self.tries, self.stop, self.wait = tries, stop, wait
+
+
+class AnyStatus(urllib.request.HTTPErrorProcessor):
+    """Every status comes back to us, and no redirect is followed: it could carry the key to another host."""
+    def http_response(self, request, response):
+        return response
+    https_response = http_response
+
+
+def ask_endpoint(cfg, pairs):
+    key = os.environ.get("OPENAI_API_KEY", "").strip()           # read here and kept nowhere
+    if not re.fullmatch(r"[\x21-\x7e]*", key):
+        fail("OPENAI_API_KEY holds characters that no header can carry")
+    lost = 0                                                     # pairs in a row that found no working endpoint
+    with ThreadPoolExecutor(cfg.workers) as pool:
+        waiting = {pool.submit(lambda p: [persist(cfg, key, q) for q in questions(p)], pair): pair for pair in pairs}
+        for done in as_completed(waiting):
+            try:
+                p, q = done.result()
+                lost, verdict = 0, {"preference": 1 + (p + 1 - q) / 2}
+            except Failed as e:
+                reason = one_line(e).replace(key or "\0", "***")
+                lost += e.tries == cfg.tries
+                if e.stop or lost >= 10:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    fail(f"--api_base: {reason}; judgements so far are kept, the same command goes on from there")
+                verdict = {"failed": reason}
+            yield waiting[done], verdict
+
+
+def persist(cfg, key, question):
+    """Ask until there is a verdict, with growing pauses, or it is no use."""
+    for attempt in count(1):
+        try:
+            return ask(cfg, key, question)
+        except Failed as e:
+            if attempt >= e.tries:
+                raise
+            time.sleep(max(e.wait, min(30, 0.1 * 2 ** attempt) * random.uniform(0.5, 1)))
+
+
+def ask(cfg, key, question, logprobs=True):
+    """One request -> the probability that B is better. Failed where there is none."""
+    body = {"model": cfg.judge, "messages": [{"role": "user", "content": question}], "max_tokens": 8, "temperature": 0}
+    body |= {"logprobs": True, "top_logprobs": 5} if logprobs else {}
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(f"{cfg.api_base.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.build_opener(AnyStatus).open(request, timeout=cfg.timeout) as r:
+            status, pause, text = r.status, r.headers.get("Retry-After", ""), r.read().decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException) as e:            # time-outs, refused and broken connections
+        raise Failed(f"no answer ({one_line(e)})", cfg.tries)
+    if status in (400, 422) and logprobs:                        # a server that offers none may refuse to be asked
+        return ask(cfg, key, question, logprobs=False)
+    if status != 200:
+        again = status >= 500 or status in (408, 409, 425, 429)
+        raise Failed(f"HTTP {status} {one_line(text)}", cfg.tries if again else 1, status in (401, 403, 404),
+                     min(60.0, float(pause)) if re.fullmatch(r"\d+(\.\d+)?", pause) else 0.0)
+    try:
+        return read_verdict(json.loads(text)["choices"][0])
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise Failed(f"not a chat completion: {text[:80]!r}", cfg.tries)
+
+
+def read_verdict(choice):
+    """The reply must be a bare label; how sure the judge was of it is in the log-probabilities, if there are any."""
+    text = choice["message"]["content"] or choice["message"].get("refusal") or ""
+    said = re.fullmatch(r"\W*(?:(?i:the better |better )?(?i:answer|response|output)\W+(?:(?i:is)\W+)?)?([AB])\W*",
+                        text.strip().partition("\n")[0])
+    if not said:
+        raise Failed(f"no verdict in {text[:60]!r}", tries=3)
+    for token in (choice.get("logprobs") or {}).get("content") or ():
+        if token["token"].strip() == said[1]:
+            p = Counter()
+            for x in token.get("top_logprobs") or ():
+                p[x["token"].strip()] += math.exp(min(0.0, x["logprob"]))
+            if p["A"] + p["B"] > 0:
+                return p["B"] / (p["A"] + p["B"])
+    return float(said[1] == "B")
+
+
+# ============================================================================================================
+# Plumbing. What is done stays done: a cache of generations and judgements, the run's folder
+# ============================================================================================================
+def digest(*parts):
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def content_id(source):
+    """A hash of what a file, a file.py:function or a model holds."""
+    path = source.rpartition(":")[0] if re.search(r"\.py:\w+$", source) else source
+    if os.path.isfile(path):
+        with open(path, "rb") as f:
+            return hashlib.blake2b(f.read(), digest_size=16).hexdigest()
+    return fingerprint(path) if read_config(path) else None
+
+
+def is_reward_model(path):
+    return os.path.isfile(f"{path}/reward.json") or \
+        any(a.endswith("ForSequenceClassification") for a in read_config(path).architectures or ())
+
+
+def default_reward_model(cfg):
+    """Which one shades the page: the judge if it is one, else the trained one if it belongs to the baseline."""
+    if not cfg.api_base and not re.search(r"\.py:\w+$", cfg.judge) and is_reward_model(cfg.judge):
+        return cfg.judge
+    path, sft = "out/rm/model", cfg.baseline
+    if os.path.isfile(f"{path}/reward.json") and not is_file(sft):
+        return path if read_json(f"{path}/reward.json")["sft_fingerprint"] == fingerprint(sft) else ""
+
+
+def is_file(source):
+    return re.search(r"\.jsonl?(\.gz)?$", source) is not None
+
+
+def blocks(items, size):
+    return [items[k:k + size] for k in range(0, len(items), size)]
+
+
+class Cache(dict):
+    """key -> row, written through to a file with one JSON object a line. A line torn by a kill is ignored."""
+
+    def __init__(self, path):
+        super().__init__(on_rank0(self.read, path))
+        self.path = path
+
+    @staticmethod
+    def read(path):
+        rows, whole = {}, True
+        for line in open(path, encoding="utf-8", errors="replace") if os.path.exists(path) else ():
+            whole = line.endswith("\n")
+            try:
+                row = json.loads(line)
+                rows[row.pop("key")] = row
+            except (ValueError, KeyError, TypeError, AttributeError):
+                pass
+        if not whole:
+            with open(path, "a", encoding="utf-8") as f:
+                f.write("\n")
+        return rows
+
+    def add(self, key, row):
+        self[key] = row
+        if rank() == 0:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps({"key": key} | row) + "\n")
+
+
+NOT_COMPARED = ("out", "api_base", "workers", "timeout", "tries", "micro_tokens", "generation_batch_size", "show", "html",
+                "reward_model", "wandb", "finished")             # no figure depends on these
+
+
+def begin(cfg, sources):
+    """True if OUT holds this very evaluation, finished. Another finished one, or another script's run, is never
+    touched: exit code 2. An unfinished one goes on from its caches."""
+    path, new = f"{cfg.out}/config.json", asdict(cfg) | {"sources": sources}
+    old = read_json(path) if os.path.exists(path) else {}
+    differs = [f"--{k} was {old.get(k)!r}, now {v!r}" for k, v in new.items() if k not in NOT_COMPARED and old.get(k) != v]
+    if old and ("judge" not in old or old.get("finished") and differs):
+        fail(f"{cfg.out} holds another run ({'; '.join(differs)[:300]}); give another --out")
+    if not old.get("finished"):
+        try:
+            os.makedirs(cfg.out, exist_ok=True)
+            write_json(path, new)
+        except OSError as e:
+            fail(f"--out {cfg.out}: cannot be written ({one_line(e)})")
+    return bool(old.get("finished"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Plumbing. Answers: generated, or read from a file
+# ------------------------------------------------------------------------------------------------------------
+def conversation(messages):
+    """What people and judges read: the prompt, or all turns with their roles."""
+    return messages[0]["content"] if len(messages) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
+
+
+def answers_of(cfg, source, chats, side, cache, device):
+    """[(text, finished)] to every prompt. side: 0 policies, 1 baseline. Each rank decodes its rows, every rank gets all."""
+    if is_file(source):
+        given = {}
+        for n, row in read_rows(source):
+            if not isinstance(row.get("instruction"), str) or not isinstance(row.get("output"), str):
+                fail(f"{source} row {n}: needs the columns instruction and output")
+            given.setdefault(row["instruction"], []).append(row["output"])
+        for n, chat in enumerate(chats, 1):
+            if conversation(chat) not in given:
+                fail(f"{source}: no output for the prompt of {cfg.data} row {n}")
+        return [((g.pop(0) if len(g := given[conversation(c)]) > 1 else g[0]), True) for c in chats]
+    tokenizer, stops = load_tokenizer(source)
+    config, R, dtype = read_config(source), cfg.max_new_tokens, compute_dtype(cfg.dtype, device)
+    if cfg.max_prompt_tokens + R > config.max_position_embeddings:
+        fail(f"--max_prompt_tokens {cfg.max_prompt_tokens} + --max_new_tokens {R}: the context of {source} is "
+             f"{config.max_position_embeddings}")
+    prompts = encode_prompts(tokenizer, chats, cfg.max_prompt_tokens)
+    settings = [on_rank0(fingerprint, source), str(dtype), cfg.temperature, R, [] if cfg.temperature == 0 else [cfg.seed, side]]
+    keys = [digest(settings, n, p.tolist()) for n, p in enumerate(prompts)]
+    todo = sorted((n for n in range(len(chats)) if keys[n] not in cache), key=lambda n: len(prompts[n]))
+    if todo:
+        try:                                                     # a whole copy on every rank: shards would be
+            hf, info = AutoModelForCausalLM.from_pretrained(     # gathered anew for every token
+                source, config=config, dtype=dtype, output_loading_info=True)
+        except Exception as e:
+            fail(f"{source}: the weights cannot be read ({one_line(e)})")
+        if info["missing_keys"]:
+            fail(f"{source}: weights are missing from the checkpoint, among them {sorted(info['missing_keys'])[0]}")
+        hf, banned = hf.to(device).eval(), never_sampled(tokenizer, stops, config.vocab_size).to(device)
+    for block in tqdm(blocks(todo, cfg.generation_batch_size * dist.get_world_size()), f"answers of {source}", leave=False,
+                      disable=rank() > 0 or not todo):
+        tokens = torch.zeros(len(block), R, dtype=torch.long, device=device)                # (b, R)
+        lengths = torch.zeros(len(block), dtype=torch.long, device=device)                  # (b,)
+        if mine := list(range(len(block)))[rank()::dist.get_world_size()]:
+            luck = torch.from_numpy(np.stack([np.random.default_rng([cfg.seed, 3, side, block[i]]).random(R, dtype=np.float32)
+                                              for i in mine]))
+            tokens[mine], _, lengths[mine] = generate(hf, [prompts[block[i]] for i in mine], stops, R, luck, cfg.temperature, banned)
+        dist.all_reduce(tokens)
+        dist.all_reduce(lengths)
+        for n, t, length in zip(block, tokens.tolist(), lengths.tolist()):
+            cache.add(keys[n], {"output": tokenizer.decode(t[:length], skip_special_tokens=True),
+                                "finished": t[length - 1] in stops.tolist()})
+    return [(cache[k]["output"], cache[k]["finished"]) for k in keys]
+
+
+def names_of(sources):
+    """out/ppo/model -> ppo; where two would share a name, the whole path."""
+    short = [re.sub(r"\.jsonl?(\.gz)?$", "", os.path.basename(re.sub(r"/model$", "", s.rstrip("/")))) for s in sources]
+    short = [s.strip("./").replace("/", "-") if short.count(n) > 1 else n for s, n in zip(sources, short)]
+    return [n + "-outputs" if n in ("config", "annotations", "summary") else n for n in short]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Plumbing. Annotations -> figures -> table
+# ------------------------------------------------------------------------------------------------------------
+def read_annotations(sources, by="generator_2"):
+    """{policy (or variant): its rows}, checked, in the order of the files."""
+    groups = {}
+    for source in sources:
+        for n, row in read_rows(source):
+            p = row["preference"] if "preference" in row else row.get("preference_surrogate", "nothing")
+            if p is not None and not (isinstance(p, (int, float)) and (p == 0 or 1 <= p <= 2 or math.isnan(p))):
+                fail(f"{source} row {n}: a preference must be in [1, 2] or null; here it is {p!r}")
+            for k in "12":
+                if not isinstance(row.get(f"output_{k}"), str) and not isinstance(row.get(f"len_{k}"), (int, float)):
+                    fail(f"{source} row {n}: needs output_{k} or len_{k}")
+            name = next((str(row[c]) for c in (by, "generator_2") if row.get(c) is not None), names_of([source])[0])
+            groups.setdefault(name, []).append(row | {"preference": p})
+    return groups
+
+
+def columns(rows):
+    """-> preferences, lengths of the baseline's answers and of the model's, positions in the annotations"""
+    length = lambda row, k: len(row[f"output_{k}"]) if isinstance(row.get(f"output_{k}"), str) else row[f"len_{k}"]
+    return ([r["preference"] for r in rows], [length(r, 1) for r in rows], [length(r, 2) for r in rows],
+            [r.get("position", i) for i, r in enumerate(rows)])
+
+
+def figures(policies, difficulty, gamed):
+    """{name: rows} -> {name: leaderboard row}, best first, and the paired differences between policies."""
+    def difficulties(positions):
+        if difficulty and max(positions) >= len(difficulty):
+            fail(f"--difficulty holds {len(difficulty)} values, but there are {max(positions) + 1} rows")
+        return [difficulty[i] for i in positions] if difficulty else None
+    variants = [(p, a, b, difficulties(i)) for p, a, b, i in map(columns, gamed.values())]
+    table, by_row = {}, {}
+    for name, rows in policies.items():
+        preferences, a, b, positions = columns(rows)
+        try:
+            table[name] = win_rate(preferences)
+        except ValueError as e:
+            fail(f"{name}: {e}")
+        lc, influence = length_controlled(preferences, a, b, difficulties(positions), variants)
+        table[name] |= {"mode": "community", "avg_length": int(np.mean(b)), "length_controlled_winrate": 100 * lc,
+                        "lc_standard_error": standard_error(influence), "avg_length_baseline": int(np.mean(a)),
+                        "shorter": float(np.mean(np.less(b, a))), "longer": float(np.mean(np.greater(b, a)))}
+        for k in "12":
+            if scores := [r[f"score_{k}"] for r in rows if r.get(f"score_{k}") is not None]:
+                table[name][f"score_{k}"] = float(np.mean(scores))
+        seen, by_row[name] = Counter(), {}                       # the same prompt, whatever the order of the files
+        for row, y, i, n in zip(rows, outcomes(preferences), influence, positions):
+            prompt = row.get("instruction") or row.get("index", n)
+            seen[prompt] += 1
+            by_row[name][prompt, seen[prompt]] = y, i
+    table = dict(sorted(table.items(), key=lambda kv: -np.nan_to_num(kv[1]["length_controlled_winrate"], nan=-1)))
+    differences = []
+    for one, other in combinations(table, 2):
+        both = [by_row[one][k] + by_row[other][k] for k in by_row[one] if k in by_row[other]]
+        y, i, z, j = np.array(both).reshape(-1, 4).T                                        # (n,) each
+        d = (y - z)[~np.isnan(y - z)]
+        differences.append({
+            "policy": one, "other": other, "n": len(d), "win_rate": 100 * float(d.mean()) if len(d) else math.nan,
+            "standard_error": standard_error(d), "lc_standard_error": standard_error(i - j),
+            "length_controlled_winrate": table[one]["length_controlled_winrate"] - table[other]["length_controlled_winrate"]})
+    return table, differences
+
+
+def warnings_of(row):
+    if math.isnan(row["length_controlled_winrate"]):
+        yield "length tells wins from losses perfectly, so no length-controlled win rate exists"
+    if not 20 <= row["win_rate"] <= 80:
+        yield "the win rate is outside 20-80 %: the length-controlled one extrapolates"
+    if row["shorter"] + row["longer"] > 0 and min(row["shorter"], row["longer"]) < 0.15:
+        yield "one side is longer in fewer than 15 % of the pairs: the length-controlled win rate extrapolates"
+
+
+def print_figures(table, differences):
+    width = max(len("policy"), *map(len, table))
+    say(f"\n{'policy':{width}}  {'win rate':>13}  {'length-controlled':>17}  {'wins/draws/losses':>17}  {'characters':>13}"
+        + ("  mean score" if "score_2" in next(iter(table.values())) else ""))
+    for name, r in table.items():
+        say(f"{name:{width}}  {r['win_rate']:5.2f} +- {r['standard_error']:4.2f}  {r['length_controlled_winrate']:9.2f} +- "
+            f"{r['lc_standard_error']:4.2f}  {'/'.join(str(r[k]) for k in ('n_wins', 'n_draws', 'n_wins_base')):>17}  "
+            f"{r['avg_length']:5d} vs {r['avg_length_baseline']:4d}"
+            + (f"  {r['score_2']:+.3f} vs {r['score_1']:+.3f}" if "score_2" in r else ""))
+    for d in differences:
+        if list(table).index(d["other"]) == list(table).index(d["policy"]) + 1:             # the others: summary.json
+            say(f"{d['policy']} - {d['other']}, paired: {d['win_rate']:+.2f} +- {d['standard_error']:.2f}, length-controlled "
+                f"{d['length_controlled_winrate']:+.2f} +- {d['lc_standard_error']:.2f} (n = {d['n']})")
+    for name, row in table.items():
+        for text in warnings_of(row):
+            say(f"warning: {name}: {text}")
+
+
+LEADERBOARD = ("win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate", "mode",
+               "avg_length", "length_controlled_winrate", "lc_standard_error")               # alpaca_eval's columns
+
+
+def finite(value):
+    """The same with None (JSON's null, an empty cell) for NaN."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, list) else None if value != value else value
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Plumbing. One page to look at
+# ------------------------------------------------------------------------------------------------------------
+CSS = """
+:root { color-scheme: light dark; --line: #d8d8d4; --soft: #f4f4f1; --ink: #1c1c1a; --paper: #fff; --dim: #666 }
+@media (prefers-color-scheme: dark) { :root { --line: #3a3a38; --soft: #242422; --ink: #e8e8e4; --paper: #181817; --dim: #a0a09a } }
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper) }
+.wide { overflow-x: auto } table { border-collapse: collapse } td, th { padding: .3rem .8rem; text-align: right; white-space: nowrap }
+tr { border-bottom: 1px solid var(--line) } td:first-child, th:first-child { text-align: left; padding-left: 0 }
+article { margin: 1.5rem 0; border: 1px solid var(--line); border-radius: .5rem; overflow: hidden }
+header { padding: .7rem 1rem; background: var(--soft) } .text { white-space: pre-wrap; overflow-wrap: anywhere }
+.sides { display: grid; grid-template-columns: 1fr 1fr } section { padding: .7rem 1rem; min-width: 0 }
+section + section { border-left: 1px solid var(--line) } small { color: var(--dim) } .best small { font-weight: 600; color: var(--ink) }
+.text span { border-radius: .2rem; padding: .1rem 0 } sub { font-size: .65em; color: var(--dim); padding: 0 .15rem }
+@media (max-width: 44rem) { .sides { grid-template-columns: 1fr } section + section { border-left: 0; border-top: 1px solid var(--line) } }
+"""
+
+
+def page(note, table, differences, policies, segments):
+    """One self-contained page. policies: {name: rows}; segments: {(name, row): [(text, reward or None)]}. Whatever
+    comes from outside is escaped."""
+    e = lambda x: html.escape(str(x))
+    cells = lambda tag, *values: "<tr>" + "".join(f"<{tag}>{e(v)}</{tag}>" for v in values) + "</tr>"
+    error = lambda r, a, b: "-" if math.isnan(r[a]) else f"{r[a]:.2f} ± {r[b]:.2f}"
+    both = lambda r: (error(r, "win_rate", "standard_error"), error(r, "length_controlled_winrate", "lc_standard_error"))
+    rewards = [r for pieces in segments.values() for _, r in pieces if r is not None]
+    low, high = np.percentile(rewards, [5, 95]) if rewards else (0.0, 0.0)
+
+    def shade(text, reward):
+        if reward is None:
+            return e(text)
+        z = np.clip((2 * reward - low - high) / max(high - low, 1e-9), -1, 1)                # red -1 .. green 1
+        color = "46,160,67" if z > 0 else "218,54,51"
+        return f'<span style="background:rgba({color},{0.45 * abs(z):.2f})">{e(text)}</span><sub>{reward:+.2f}</sub>'
+
+    body = [cells("th", "policy", "win rate %", "at equal length %", "wins", "draws", "losses", "characters", "baseline's")]
+    body += [cells("td", name, *both(r), r["n_wins"], r["n_draws"], r["n_wins_base"], r["avg_length"], r["avg_length_baseline"])
+             for name, r in table.items()]
+    body += [cells("td", f"{d['policy']} - {d['other']}", *both(d), *[""] * 5) for d in differences]
+    note += "; ± is one standard error" + (f"; segments from red (reward {low:+.2f}) to green ({high:+.2f})" if rewards else "")
+    body = ['<div class="wide"><table>', *body, f"</table></div><p><small>{e(note)}.</small></p>"]
+    for name in table:
+        body.append(f"<h2>{e(name)}</h2><p><small>{min(100, len(policies[name]))} of {len(policies[name])} pairs</small></p>")
+        for n, row in enumerate(policies[name][:100]):
+            p, sides = row["preference"], ""
+            verdict = "not judged" if p is None else f"preference {p:.2f}: " + (
+                "a draw" if p == 1.5 else f"{row.get(f'generator_{1 + (p > 1.5)}')} is better")
+            for k in (1, 2):
+                pieces = segments.get((name, n)) if k == 2 else None
+                best = p is not None and (p - 1.5) * (k - 1.5) > 0
+                score = f", score {row[f'score_{k}']:+.3f}" if row.get(f"score_{k}") is not None else ""
+                sides += (f'<section{" class=best" if best else ""}><small>{e(row.get(f"generator_{k}"))}, '
+                          f'{len(row[f"output_{k}"])} characters{score}</small><div class="text">'
+                          + "".join(shade(*piece) for piece in pieces or [(row[f"output_{k}"], None)]) + "</div></section>")
+            body.append(f'<article><header><div class="text">{e(row.get("instruction"))}</div><small>{n + 1}. {e(verdict)}</small>'
+                        f'</header><div class="sides">{sides}</div></article>')
+    return (f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>evaluation</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<style>{CSS}</style></head><body><h1>{e(" and ".join(table))}</h1>\n""" + "\n".join(body) + "\n</body></html>\n"
+            ).encode("utf-8", "replace").decode()
+
+
+# ============================================================================================================
+# The run
+# ============================================================================================================
+def report(cfg, policies, segments, failed=()):
+    """Print what follows from the annotations, and write it, unless OUT holds a run that they are not part of."""
+    difficulty = read_json(cfg.difficulty) if cfg.difficulty else None
+    if difficulty is not None and not (isinstance(difficulty, list) and all(isinstance(d, (int, float)) for d in difficulty)):
+        fail(f"--difficulty {cfg.difficulty}: must be a JSON list of numbers")
+    table, differences = figures(policies, difficulty, read_annotations(cfg.gamed, by="variant"))
+    print_figures(table, differences)
+    for reason, n in Counter(failed).most_common(5):
+        say(f"warning: {n} pairs could not be judged ({reason}); the same command tries them again")
+    if cfg.annotations:
+        if os.path.exists(f"{cfg.out}/config.json") and not read_json(f"{cfg.out}/config.json").get("annotations"):
+            return say(f"{cfg.out} holds a run, so nothing is written there; --out takes another folder")
+        begin(cfg, {})
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(
+        [("", *LEADERBOARD), *((name, *(finite(r[c]) for c in LEADERBOARD)) for name, r in table.items())])
+    write_text(f"{cfg.out}/leaderboard.csv", text.getvalue())
+    write_json(f"{cfg.out}/summary.json", {"judge": cfg.judge, "failed": len(failed)}
+               | finite({"policies": table, "differences": differences}))
+    write_text(f"{cfg.out}/metrics.jsonl", "")
+    for step, row in enumerate(table.values(), 1):               # step: the place in the leaderboard
+        log_metrics(cfg, step, {k: v for k, v in row.items() if k != "mode"})
+    if cfg.html:
+        if any(not isinstance(row.get(f"output_{k}"), str) for rows in policies.values() for row in rows for k in "12"):
+            fail("--html needs the outputs, the annotations hold only their lengths")
+        base = " and ".join({str(r.get("generator_1")) for rows in policies.values() for r in rows})
+        note = f"against {base}" + ("" if cfg.annotations else f", judged by {cfg.judge}")
+        write_text(f"{cfg.out}/index.html", page(note, table, differences, policies, segments))
+    say(f"wrote {cfg.out}")
+
+
+def pair_accuracy(cfg, pairs, preferences):
+    """How often the judge prefers the chosen response: overall, where it is the shorter or the longer, by subset."""
+    text = lambda value: value if isinstance(value, str) else value[-1]["content"]
+    subset = {(text(row["rejected"]), text(row["chosen"])): row.get("subset") for _, row in read_rows(cfg.data)}
+    groups = {}
+    for pair, p in zip(pairs, preferences):
+        a, b = pair["output_1"], pair["output_2"]                # rejected, chosen
+        for group in ("all", "chosen is shorter" if len(b) < len(a) else "chosen is longer", subset.get((a, b))):
+            if group is not None and p is not None:
+                groups.setdefault(str(group), []).append(0.5 if p == 1.5 else float(p > 1.5))
+    out = {}
+    for group, right in groups.items():
+        low, high = wilson(sum(right), len(right))
+        out[group] = {"accuracy": 100 * sum(right) / len(right), "low": low, "high": high, "n": len(right)}
+        say(f"{group:20} accuracy {out[group]['accuracy']:6.2f} %, 95 % interval {low:.2f} to {high:.2f}, {len(right)} pairs")
+    write_json(f"{cfg.out}/pairs.json", out)
+
+
+def main(cfg):
+    for name, low in (("temperature", 0), ("workers", 1), ("tries", 1), ("generation_batch_size", 1), ("timeout", 1e-3)):
+        if getattr(cfg, name) < low:
+            fail(f"--{name} {getattr(cfg, name)}: must be at least {low}")
+    device = setup()
+    if cfg.annotations:
+        return on_rank0(lambda: report(cfg, read_annotations(cfg.annotations), {}))
+    prepare_world(*cfg.model, cfg.baseline, cfg.data, cfg.judge)
+    if cfg.api_base:
+        url = urllib.parse.urlsplit(cfg.api_base)
+        if cfg.judge == Config.judge or url.scheme not in ("http", "https") or "@" in url.netloc:
+            fail("--api_base takes http(s)://host/v1 (the key comes from OPENAI_API_KEY), --judge the name of a model there")
+    judge = open_judge(cfg, device)
+    used = [s for s in ([] if cfg.pairs else [*cfg.model, cfg.baseline]) + [cfg.data] if s != cfg.data or os.path.isfile(s)]
+    finished = on_rank0(begin, cfg, {"judge": judge.id} | {s: content_id(s) for s in used} if rank() == 0 else {})
+    if finished and (cfg.pairs or not cfg.html):
+        return say(f"{cfg.out}: already finished, nothing to do (delete the folder to run again)")
+
+    # --------------------------------------------------------------------------------------------------------
+    # pairs: both sides' answers to every prompt
+    # --------------------------------------------------------------------------------------------------------
+    def pair(messages, output_1, output_2, finished=(True, True)):
+        return {"messages": messages, "instruction": conversation(messages), "output_1": output_1, "output_2": output_2,
+                "finished": finished}
+
+    if cfg.pairs:
+        pairs = {"chosen": [pair(prompt, rejected, chosen) for prompt, chosen, rejected in load_pairs(cfg.data, cfg.max_samples)]}
+    else:
+        chats, cache = load_prompts(cfg.data, cfg.max_samples), Cache(f"{cfg.out}/generations.jsonl")
+        *names, base = names_of([*cfg.model, cfg.baseline])
+        answers = {name: answers_of(cfg, source, chats, 0, cache, device) for name, source in zip(names, cfg.model)}
+        answers[base] = answers_of(cfg, cfg.baseline, chats, 1, cache, device)
+        if rank() == 0:
+            for name, texts in answers.items():
+                write_json(f"{cfg.out}/{name}.json", [
+                    {"instruction": conversation(m), "output": text, "generator": name, "dataset": os.path.basename(cfg.data)}
+                    for m, (text, _) in zip(chats, texts)])
+        pairs = {name: [pair(m, b[0], a[0], (b[1], a[1])) for m, a, b in zip(chats, answers[name], answers[base])]
+                 for name in names}
+
+    segments = {}
+    if cfg.html and (path := cfg.reward_model or on_rank0(default_reward_model, cfg)):
+        read = open_reward_model(cfg, path, device)
+        for name, rows in pairs.items():
+            shown = read([(p["messages"], p["output_2"], p["finished"][1]) for p in rows[:100]], texts=True)[1]
+            segments |= {(name, n): pieces for n, pieces in enumerate(shown)}
+
+    # --------------------------------------------------------------------------------------------------------
+    # judgements: each different pair once; a function or an endpoint is asked by rank 0 alone, the others are done
+    # --------------------------------------------------------------------------------------------------------
+    cache, todo, failed = Cache(f"{cfg.out}/judgements.jsonl"), {}, {}
+    for row in (row for rows in pairs.values() for row in rows):
+        row["key"] = digest(judge.id, row["instruction"], row["output_1"], row["output_2"], row["finished"])
+        if row["output_1"] == row["output_2"] and not judge.scores:
+            cache[row["key"]] = {"preference": 1.5}              # a draw without a call
+        elif row["key"] not in cache:
+            todo[row["key"]] = row
+    if judge.alone and rank() > 0:
+        return
+    bar = tqdm(total=len(todo), desc="judgements", leave=False, disable=rank() > 0 or not todo)
+    for row, verdict in judge.verdicts(list(todo.values())) if todo else ():
+        if "failed" in verdict:
+            failed[row["key"]] = verdict["failed"]
+        else:
+            cache.add(row["key"], verdict)
+        bar.update()
+        bar.set_postfix(failed=len(failed))
+    bar.close()
+    if rank() > 0:
+        return
+
+    # --------------------------------------------------------------------------------------------------------
+    # report
+    # --------------------------------------------------------------------------------------------------------
+    if not any(row["key"] in cache for rows in pairs.values() for row in rows):
+        fail(f"--judge {cfg.judge}: no pair could be judged ({next(iter(failed.values()), 'there are none')})")
+    if cfg.pairs:
+        pair_accuracy(cfg, pairs["chosen"], [cache.get(row["key"], {}).get("preference") for row in pairs["chosen"]])
+    else:
+        policies = {name: [
+            {"instruction": row["instruction"], "output_1": row["output_1"], "generator_1": base, "output_2": row["output_2"],
+             "generator_2": name, "annotator": cfg.judge} | {"preference": None} | cache.get(row["key"], {})
+            for row in rows] for name, rows in pairs.items()}
+        write_json(f"{cfg.out}/annotations.json", [row for rows in policies.values() for row in rows])
+        for row in policies[names[0]][:cfg.show]:
+            say(f"\nuser: {row['instruction']}\n{base}: {row['output_1']}\n{names[0]}: {row['output_2']}\n"
+                f"preference {row['preference']}")
+        report(cfg, policies, segments, [failed[row["key"]] for rows in pairs.values() for row in rows if row["key"] in failed])
+    if not failed:
+        write_json(f"{cfg.out}/config.json", read_json(f"{cfg.out}/config.json") | {"finished": True})
+
+
+if __name__ == "__main__":
+    main(parse(Config))
