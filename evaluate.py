@@ -29,7 +29,7 @@ import math
 import os
 import random
 import re
-import time
+import threading
 import urllib.parse
 import urllib.request
 from collections import Counter, namedtuple
@@ -204,6 +204,7 @@ def wilson(right, n, z=1.96):
 # A pair: messages, instruction (their text), output_1 (the baseline's), output_2 (the policy's), finished (of both).
 # ------------------------------------------------------------------------------------------------------------
 Judge = namedtuple("Judge", "id alone scores verdicts")
+FUNCTION = re.compile(r"\.py:\w+$")
 ASK = """Two assistants, A and B, continued the same conversation. Decide which answer is better: the one that a careful
 reader would rather have received. Correct, helpful and honest counts; longer or shown first does not.
 
@@ -222,35 +223,35 @@ reader would rather have received. Correct, helpful and honest counts; longer or
 Which answer is better? Reply with one letter, A or B, and nothing else."""
 
 
-def questions(pair):
-    """Both orders, for judges lean towards a place: first the policy's answer is B, then A."""
-    a, b = pair["output_1"], pair["output_2"]
-    return ASK.format(pair["instruction"], a, b), ASK.format(pair["instruction"], b, a)
-
-
 def open_judge(cfg, device):
-    """The form of --judge decides. Its id, in the cache's keys, changes with what the file or the weights hold."""
+    """The form of --judge decides. Its id, part of the cache's keys, changes with what the file or the weights hold."""
     if cfg.api_base:
         return Judge(f"{cfg.judge} {digest(ASK)}", True, False, lambda pairs: ask_endpoint(cfg, pairs))
-    if re.search(r"\.py:\w+$", cfg.judge):
-        f = load_function(cfg.judge, "--judge")
-        return Judge(f"{cfg.judge} {content_id(cfg.judge)}", True, True, lambda pairs: ask_function(cfg, f, pairs))
     name = f"{cfg.judge} {on_rank0(content_id, cfg.judge)}"
+    if FUNCTION.search(cfg.judge):
+        return Judge(name, True, True, lambda pairs: ask_function(cfg, pairs))
     if is_reward_model(cfg.judge):
         return Judge(name, False, True, lambda pairs: ask_reward_model(cfg, pairs, device))
     return Judge(f"{name} {digest(ASK)}", False, False, lambda pairs: ask_chat_model(cfg, pairs, device))
 
 
-def ask_function(cfg, f, pairs):
+def questions(pair):
+    """Both orders, for judges lean towards a place: the policy's answer is B, then A."""
+    a, b = pair["output_1"], pair["output_2"]
+    return ASK.format(pair["instruction"], a, b), ASK.format(pair["instruction"], b, a)
+
+
+def ask_function(cfg, pairs):
     """The higher score wins."""
+    f = load_function(cfg.judge, "--judge")
     for pair in pairs:
         try:
-            scores = [float(f(prompt_text(pair["messages"]), pair[f"output_{k}"], pair["finished"][k - 1])) for k in (1, 2)]
+            a, b = (float(f(prompt_text(pair["messages"]), pair[f"output_{k}"], pair["finished"][k - 1])) for k in (1, 2))
         except Exception as e:
-            fail(f"--judge {cfg.judge}: {type(e).__name__} on {pair['instruction'][:60]!r}: {one_line(e)}")
-        if not np.isfinite(scores).all():
-            fail(f"--judge {cfg.judge}: not a finite number for {pair['instruction'][:60]!r}")
-        yield pair, {"preference": 1.5 + 0.5 * float(np.sign(scores[1] - scores[0])), "score_1": scores[0], "score_2": scores[1]}
+            fail(f"--judge {cfg.judge}: {type(e).__name__} for the prompt {pair['instruction'][:60]!r}: {one_line(e)}")
+        if not math.isfinite(a + b):
+            fail(f"--judge {cfg.judge}: not a finite number for the prompt {pair['instruction'][:60]!r}")
+        yield pair, {"preference": 1.5 + ((b > a) - (b < a)) / 2, "score_1": a, "score_2": b}
 
 
 def ask_reward_model(cfg, pairs, device):
@@ -263,35 +264,32 @@ def ask_reward_model(cfg, pairs, device):
 
 
 def open_reward_model(cfg, path, device):
-    """-> read(answers, texts=False): answers (messages, response, finished) -> scores, and with texts the segments of
-    each as [(text, reward or None)]. Scored as it was trained: by the granularity and cutoff of its reward.json. A
-    sequence classifier without one is scored at the last token, as transformers does."""
-    dtype, saved = compute_dtype(cfg.dtype, device), {"granularity": "bandit", "cutoff": 0.0}
-    if os.path.isfile(f"{path}/reward.json"):
-        saved = read_json(f"{path}/reward.json")
+    """-> read(answers, texts=False). answers: [(messages, response, finished)]; gives their scores and, with texts,
+    the segments of each as [(text, reward)]. Scored as it was trained, by the granularity and cutoff in its
+    reward.json; a sequence classifier without one is read at the last token, as transformers does."""
+    dtype, sft = compute_dtype(cfg.dtype, device), None
+    saved = read_json(f"{path}/reward.json") if os.path.isfile(f"{path}/reward.json") else {"granularity": "bandit", "cutoff": 0}
     tokenizer, stops = load_tokenizer(path)
-    model, sft = load_model(path, ScalarModel, device, dtype), None
+    context = read_config(path).max_position_embeddings
+    model = load_model(path, ScalarModel, device, dtype)
     if saved["granularity"] == "segment":                        # the SFT model's entropies cut its segments
         def find():
-            for source in dict.fromkeys([saved["sft_model"], cfg.baseline]):
+            for source in (saved["sft_model"], cfg.baseline):
                 if os.path.exists(f"{source}/config.json") and fingerprint(source) == saved["sft_fingerprint"]:
                     return source
             fail(f"{path}: its segments need the SFT model {saved['sft_model']}, which is not there or has other weights")
         sft = load_model(on_rank0(find), LanguageModel, device, dtype)
-    context = read_config(path).max_position_embeddings
 
     def read(answers, texts=False):
-        rows = encode_chats(tokenizer, stops, [(m, r) for m, r, _ in answers], context, min(cfg.max_prompt_tokens, context // 2))
-        rows = [(p, r if done or not is_finished([(p, r)], stops)[0] or len(r) == 1 else r[:-1])     # sampling was cut off:
-                for (p, r), (_, _, done) in zip(rows, answers)]                                      # no end-of-turn token
+        rows = encode_chats(tokenizer, stops, [a[:2] for a in answers], context, min(cfg.max_prompt_tokens, context // 2))
+        # where sampling was cut off there was no end-of-turn token
+        rows = [(p, r if a[2] or len(r) < 2 or r[-1] not in stops else r[:-1]) for (p, r), a in zip(rows, answers)]
         values = map_rows(model, rows, cfg.micro_tokens, device)[0]                                  # (B, R)
         entropy = map_rows(sft, rows, cfg.micro_tokens, device)[2] if sft else torch.zeros_like(values)
         mask = torch.arange(values.shape[1], device=device) < torch.tensor([[len(r)] for _, r in rows], device=device)
         ends = segment_ends(entropy, mask, is_finished(rows, stops).to(device), saved["cutoff"], saved["granularity"])
-        segments = []
-        for (_, r), v, e in zip(rows, values, ends) if texts else ():
-            pieces, rewards = segment_texts(tokenizer, r[:len(r) - int(r[-1] in stops)], e[:len(r)].cpu()), v[e].tolist()
-            segments.append(list(zip(pieces, rewards + [None] * len(pieces))))
+        segments = [list(zip(segment_texts(tokenizer, r[:len(r) - int(r[-1] in stops)], e[:len(r)].cpu()), v[e].tolist()))
+                    for (_, r), v, e in zip(rows, values, ends)] if texts else []
         return sequence_score(values, ends).tolist(), segments
     return read
 
@@ -301,6 +299,8 @@ def ask_chat_model(cfg, pairs, device):
     tokenizer, _ = load_tokenizer(cfg.judge)
     model = load_model(cfg.judge, LanguageModel, device, compute_dtype(cfg.dtype, device))
     labels, context = [x[:1] for x in tokenize(tokenizer, ["A", "B"])], read_config(cfg.judge).max_position_embeddings
+    if labels[0].tolist() == labels[1].tolist():
+        fail(f"--judge {cfg.judge}: its tokenizer doesn't know the labels A and B")
     for block in blocks(pairs, 64):
         chats = [[{"role": "user", "content": q}] for pair in block for q in questions(pair)]
         ids = encode_prompts(tokenizer, chats, 10 ** 9)
@@ -315,10 +315,11 @@ def ask_chat_model(cfg, pairs, device):
 # Judges. An OpenAI-compatible endpoint, over a network that breaks
 # ------------------------------------------------------------------------------------------------------------
 class Failed(Exception):
-    """No verdict this time. tries: how many are worth while; stop: no other pair will fare better; wait: seconds."""
-    def __init__(self, reason, tries=1, stop=False, wait=0.0):
+    """No verdict. kind: "network" (worth many tries), "reply" (the judge evades), "pair" (no use), "all" (no use for
+    any pair); wait: seconds that the server asks for."""
+    def __init__(self, kind, reason, wait=0.0):
         super().__init__(reason)
-        self.tries, self.stop, self.wait = tries, stop, wait
+        self.kind, self.wait = kind, wait
 
 
 class AnyStatus(urllib.request.HTTPErrorProcessor):
@@ -332,32 +333,33 @@ def ask_endpoint(cfg, pairs):
     key = os.environ.get("OPENAI_API_KEY", "").strip()           # read here and kept nowhere
     if not re.fullmatch(r"[\x21-\x7e]*", key):
         fail("OPENAI_API_KEY holds characters that no header can carry")
-    lost = 0                                                     # pairs in a row that found no working endpoint
-    with ThreadPoolExecutor(cfg.workers) as pool:
-        waiting = {pool.submit(lambda p: [persist(cfg, key, q) for q in questions(p)], pair): pair for pair in pairs}
-        for done in as_completed(waiting):
+    over, lost = threading.Event(), 0                            # lost: pairs in a row that found no working endpoint
+
+    def persist(question):
+        for attempt in count(1):
             try:
-                p, q = done.result()
-                lost, verdict = 0, {"preference": 1 + (p + 1 - q) / 2}
+                return ask(cfg, key, question)
             except Failed as e:
-                reason = one_line(e).replace(key or "\0", "***")
-                lost += e.tries == cfg.tries
-                if e.stop or lost >= 10:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    fail(f"--api_base: {reason}; judgements so far are kept, the same command goes on from there")
-                verdict = {"failed": reason}
-            yield waiting[done], verdict
+                if attempt >= {"network": cfg.tries, "reply": 3}.get(e.kind, 1) or over.is_set():
+                    raise
+                over.wait(max(e.wait, min(10, 0.1 * 2 ** attempt) * random.uniform(0.5, 1)))
 
-
-def persist(cfg, key, question):
-    """Ask until there is a verdict, with growing pauses, or it is no use."""
-    for attempt in count(1):
+    with ThreadPoolExecutor(cfg.workers) as pool:
+        asked = {pool.submit(lambda pair: [persist(q) for q in questions(pair)], pair): pair for pair in pairs}
         try:
-            return ask(cfg, key, question)
-        except Failed as e:
-            if attempt >= e.tries:
-                raise
-            time.sleep(max(e.wait, min(30, 0.1 * 2 ** attempt) * random.uniform(0.5, 1)))
+            for done in as_completed(asked):
+                try:
+                    p, q = done.result()
+                    lost, verdict = 0, {"preference": 1 + (p + 1 - q) / 2}
+                except Failed as e:
+                    lost += e.kind == "network"
+                    verdict = {"failed": one_line(e).replace(key or "\0", "***")}
+                    if e.kind == "all" or lost >= 10:
+                        fail(f"--api_base: {verdict['failed']}; verdicts so far are kept, the same command goes on from there")
+                yield asked[done], verdict
+        finally:
+            over.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def ask(cfg, key, question, logprobs=True):
@@ -370,17 +372,16 @@ def ask(cfg, key, question, logprobs=True):
         with urllib.request.build_opener(AnyStatus).open(request, timeout=cfg.timeout) as r:
             status, pause, text = r.status, r.headers.get("Retry-After", ""), r.read().decode("utf-8", "replace")
     except (OSError, http.client.HTTPException) as e:            # time-outs, refused and broken connections
-        raise Failed(f"no answer ({one_line(e)})", cfg.tries)
+        raise Failed("network", f"no answer ({one_line(e)})")
     if status in (400, 422) and logprobs:                        # a server that offers none may refuse to be asked
         return ask(cfg, key, question, logprobs=False)
     if status != 200:
-        again = status >= 500 or status in (408, 409, 425, 429)
-        raise Failed(f"HTTP {status} {one_line(text)}", cfg.tries if again else 1, status in (401, 403, 404),
-                     min(60.0, float(pause)) if re.fullmatch(r"\d+(\.\d+)?", pause) else 0.0)
+        kind = "network" if status >= 500 or status in (408, 409, 425, 429) else "all" if status in (401, 403, 404) else "pair"
+        raise Failed(kind, f"HTTP {status} {one_line(text)}", min(60.0, float(pause)) if re.fullmatch(r"\d+(\.\d+)?", pause) else 0.0)
     try:
         return read_verdict(json.loads(text)["choices"][0])
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise Failed(f"not a chat completion: {text[:80]!r}", cfg.tries)
+        raise Failed("network", f"not a chat completion: {text[:80]!r}")
 
 
 def read_verdict(choice):
@@ -389,7 +390,7 @@ def read_verdict(choice):
     said = re.fullmatch(r"\W*(?:(?i:the better |better )?(?i:answer|response|output)\W+(?:(?i:is)\W+)?)?([AB])\W*",
                         text.strip().partition("\n")[0])
     if not said:
-        raise Failed(f"no verdict in {text[:60]!r}", tries=3)
+        raise Failed("reply", f"no verdict in {text[:60]!r}")
     for token in (choice.get("logprobs") or {}).get("content") or ():
         if token["token"].strip() == said[1]:
             p = Counter()
@@ -409,29 +410,16 @@ def digest(*parts):
 
 def content_id(source):
     """A hash of what a file, a file.py:function or a model holds."""
-    path = source.rpartition(":")[0] if re.search(r"\.py:\w+$", source) else source
-    if os.path.isfile(path):
-        with open(path, "rb") as f:
-            return hashlib.blake2b(f.read(), digest_size=16).hexdigest()
-    return fingerprint(path) if read_config(path) else None
+    path = source.rpartition(":")[0] if FUNCTION.search(source) else source
+    if not os.path.isfile(path):
+        return fingerprint(path) if read_config(path) else None
+    with open(path, "rb") as f:
+        return hashlib.blake2b(f.read(), digest_size=16).hexdigest()
 
 
 def is_reward_model(path):
     return os.path.isfile(f"{path}/reward.json") or \
         any(a.endswith("ForSequenceClassification") for a in read_config(path).architectures or ())
-
-
-def default_reward_model(cfg):
-    """Which one shades the page: the judge if it is one, else the trained one if it belongs to the baseline."""
-    if not cfg.api_base and not re.search(r"\.py:\w+$", cfg.judge) and is_reward_model(cfg.judge):
-        return cfg.judge
-    path, sft = "out/rm/model", cfg.baseline
-    if os.path.isfile(f"{path}/reward.json") and not is_file(sft):
-        return path if read_json(f"{path}/reward.json")["sft_fingerprint"] == fingerprint(sft) else ""
-
-
-def is_file(source):
-    return re.search(r"\.jsonl?(\.gz)?$", source) is not None
 
 
 def blocks(items, size):
@@ -496,41 +484,48 @@ def conversation(messages):
     return messages[0]["content"] if len(messages) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
 
 
-def answers_of(cfg, source, chats, side, cache, device):
-    """[(text, finished)] to every prompt. side: 0 policies, 1 baseline. Each rank decodes its rows, every rank gets all."""
-    if is_file(source):
-        given = {}
-        for n, row in read_rows(source):
-            if not isinstance(row.get("instruction"), str) or not isinstance(row.get("output"), str):
-                fail(f"{source} row {n}: needs the columns instruction and output")
-            given.setdefault(row["instruction"], []).append(row["output"])
-        for n, chat in enumerate(chats, 1):
-            if conversation(chat) not in given:
-                fail(f"{source}: no output for the prompt of {cfg.data} row {n}")
-        return [((g.pop(0) if len(g := given[conversation(c)]) > 1 else g[0]), True) for c in chats]
-    tokenizer, stops = load_tokenizer(source)
-    config, R, dtype = read_config(source), cfg.max_new_tokens, compute_dtype(cfg.dtype, device)
+def name_of(source):
+    """out/ppo/model -> ppo; results/claude.json -> claude"""
+    name = re.sub(r"\.jsonl?(\.gz)?$", "", os.path.basename(source.rstrip("/").removesuffix("/model")))
+    return name + "-model" if name in ("config", "annotations", "summary", "pairs") else name
+
+
+def read_outputs(source, chats):
+    """[(text, finished)] from alpaca_eval's outputs, found by their instruction."""
+    given = {}
+    for n, row in read_rows(source):
+        if not isinstance(row.get("instruction"), str) or not isinstance(row.get("output"), str):
+            fail(f"{source} row {n}: needs the columns instruction and output")
+        given[row["instruction"]] = row["output"]
+    for n, chat in enumerate(chats, 1):
+        if conversation(chat) not in given:
+            fail(f"{source}: no output for prompt {n}, {conversation(chat)[:60]!r}")
+    return [(given[conversation(chat)], True) for chat in chats]
+
+
+def answer(cfg, source, chats, side, cache, device):
+    """[(text, finished)] of a model to every prompt; side: 0 policies, 1 baseline. A block is one batch on every rank."""
+    (tokenizer, stops), config = load_tokenizer(source), read_config(source)
+    R, ranks, dtype = cfg.max_new_tokens, dist.get_world_size(), compute_dtype(cfg.dtype, device)
     if cfg.max_prompt_tokens + R > config.max_position_embeddings:
         fail(f"--max_prompt_tokens {cfg.max_prompt_tokens} + --max_new_tokens {R}: the context of {source} is "
              f"{config.max_position_embeddings}")
     prompts = encode_prompts(tokenizer, chats, cfg.max_prompt_tokens)
-    settings = [on_rank0(fingerprint, source), str(dtype), cfg.temperature, R, [] if cfg.temperature == 0 else [cfg.seed, side]]
+    settings = [on_rank0(fingerprint, source), str(dtype), R, cfg.temperature, cfg.temperature and [cfg.seed, side]]
     keys = [digest(settings, n, p.tolist()) for n, p in enumerate(prompts)]
     todo = sorted((n for n in range(len(chats)) if keys[n] not in cache), key=lambda n: len(prompts[n]))
-    if todo:
-        try:                                                     # a whole copy on every rank: shards would be
-            hf, info = AutoModelForCausalLM.from_pretrained(     # gathered anew for every token
-                source, config=config, dtype=dtype, output_loading_info=True)
+    if todo:                                                     # every rank has a whole copy to decode with
+        try:
+            hf, info = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
         except Exception as e:
             fail(f"{source}: the weights cannot be read ({one_line(e)})")
         if info["missing_keys"]:
             fail(f"{source}: weights are missing from the checkpoint, among them {sorted(info['missing_keys'])[0]}")
         hf, banned = hf.to(device).eval(), never_sampled(tokenizer, stops, config.vocab_size).to(device)
-    for block in tqdm(blocks(todo, cfg.generation_batch_size * dist.get_world_size()), f"answers of {source}", leave=False,
-                      disable=rank() > 0 or not todo):
+    for block in tqdm(blocks(todo, cfg.generation_batch_size * ranks), source, leave=False, disable=rank() > 0 or not todo):
         tokens = torch.zeros(len(block), R, dtype=torch.long, device=device)                # (b, R)
         lengths = torch.zeros(len(block), dtype=torch.long, device=device)                  # (b,)
-        if mine := list(range(len(block)))[rank()::dist.get_world_size()]:
+        if mine := list(range(len(block)))[rank()::ranks]:
             luck = torch.from_numpy(np.stack([np.random.default_rng([cfg.seed, 3, side, block[i]]).random(R, dtype=np.float32)
                                               for i in mine]))
             tokens[mine], _, lengths[mine] = generate(hf, [prompts[block[i]] for i in mine], stops, R, luck, cfg.temperature, banned)
@@ -542,15 +537,8 @@ def answers_of(cfg, source, chats, side, cache, device):
     return [(cache[k]["output"], cache[k]["finished"]) for k in keys]
 
 
-def names_of(sources):
-    """out/ppo/model -> ppo; where two would share a name, the whole path."""
-    short = [re.sub(r"\.jsonl?(\.gz)?$", "", os.path.basename(re.sub(r"/model$", "", s.rstrip("/")))) for s in sources]
-    short = [s.strip("./").replace("/", "-") if short.count(n) > 1 else n for s, n in zip(sources, short)]
-    return [n + "-outputs" if n in ("config", "annotations", "summary") else n for n in short]
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Plumbing. Annotations -> figures -> table
+# Plumbing. Annotations -> figures -> table, files, page
 # ------------------------------------------------------------------------------------------------------------
 def read_annotations(sources, by="generator_2"):
     """{policy (or variant): its rows}, checked, in the order of the files."""
@@ -559,53 +547,48 @@ def read_annotations(sources, by="generator_2"):
         for n, row in read_rows(source):
             p = row["preference"] if "preference" in row else row.get("preference_surrogate", "nothing")
             if p is not None and not (isinstance(p, (int, float)) and (p == 0 or 1 <= p <= 2 or math.isnan(p))):
-                fail(f"{source} row {n}: a preference must be in [1, 2] or null; here it is {p!r}")
+                fail(f"{source} row {n}: preference must be in [1, 2] or null; here it is {p!r}")
             for k in "12":
                 if not isinstance(row.get(f"output_{k}"), str) and not isinstance(row.get(f"len_{k}"), (int, float)):
                     fail(f"{source} row {n}: needs output_{k} or len_{k}")
-            name = next((str(row[c]) for c in (by, "generator_2") if row.get(c) is not None), names_of([source])[0])
+            name = next((str(row[c]) for c in (by, "generator_2") if row.get(c) is not None), name_of(source))
             groups.setdefault(name, []).append(row | {"preference": p})
     return groups
 
 
 def columns(rows):
-    """-> preferences, lengths of the baseline's answers and of the model's, positions in the annotations"""
+    """-> preferences, lengths of the baseline's answers, of the model's, and positions in the annotations"""
     length = lambda row, k: len(row[f"output_{k}"]) if isinstance(row.get(f"output_{k}"), str) else row[f"len_{k}"]
     return ([r["preference"] for r in rows], [length(r, 1) for r in rows], [length(r, 2) for r in rows],
-            [r.get("position", i) for i, r in enumerate(rows)])
+            [r["position"] if isinstance(r.get("position"), int) else i for i, r in enumerate(rows)])
 
 
-def figures(policies, difficulty, gamed):
-    """{name: rows} -> {name: leaderboard row}, best first, and the paired differences between policies."""
-    def difficulties(positions):
-        if difficulty and max(positions) >= len(difficulty):
-            fail(f"--difficulty holds {len(difficulty)} values, but there are {max(positions) + 1} rows")
-        return [difficulty[i] for i in positions] if difficulty else None
-    variants = [(p, a, b, difficulties(i)) for p, a, b, i in map(columns, gamed.values())]
-    table, by_row = {}, {}
+def figures(policies, difficulty=None, gamed={}):
+    """{name: rows} -> {name: leaderboard row}, best first, and [paired differences between two policies]."""
+    def difficulties(where):
+        if difficulty and max(where) >= len(difficulty):
+            fail(f"--difficulty holds {len(difficulty)} values, but there are {max(where) + 1} rows")
+        return [difficulty[i] for i in where] if difficulty else None
+    variants, table, by_prompt = [(*rest, difficulties(i)) for *rest, i in map(columns, gamed.values())], {}, {}
     for name, rows in policies.items():
-        preferences, a, b, positions = columns(rows)
+        preferences, a, b, where = columns(rows)
         try:
             table[name] = win_rate(preferences)
         except ValueError as e:
             fail(f"{name}: {e}")
-        lc, influence = length_controlled(preferences, a, b, difficulties(positions), variants)
+        lc, influence = length_controlled(preferences, a, b, difficulties(where), variants)
         table[name] |= {"mode": "community", "avg_length": int(np.mean(b)), "length_controlled_winrate": 100 * lc,
                         "lc_standard_error": standard_error(influence), "avg_length_baseline": int(np.mean(a)),
                         "shorter": float(np.mean(np.less(b, a))), "longer": float(np.mean(np.greater(b, a)))}
-        for k in "12":
-            if scores := [r[f"score_{k}"] for r in rows if r.get(f"score_{k}") is not None]:
-                table[name][f"score_{k}"] = float(np.mean(scores))
-        seen, by_row[name] = Counter(), {}                       # the same prompt, whatever the order of the files
-        for row, y, i, n in zip(rows, outcomes(preferences), influence, positions):
-            prompt = row.get("instruction") or row.get("index", n)
-            seen[prompt] += 1
-            by_row[name][prompt, seen[prompt]] = y, i
+        for k in ("score_1", "score_2"):
+            if scores := [r[k] for r in rows if r.get(k) is not None]:
+                table[name][k] = float(np.mean(scores))
+        by_prompt[name] = {r.get("instruction") or r.get("index", i): yi for r, i, *yi in zip(rows, where, outcomes(preferences), influence)}
     table = dict(sorted(table.items(), key=lambda kv: -np.nan_to_num(kv[1]["length_controlled_winrate"], nan=-1)))
     differences = []
     for one, other in combinations(table, 2):
-        both = [by_row[one][k] + by_row[other][k] for k in by_row[one] if k in by_row[other]]
-        y, i, z, j = np.array(both).reshape(-1, 4).T                                        # (n,) each
+        both = [by_prompt[one][k] + by_prompt[other][k] for k in by_prompt[one] if k in by_prompt[other]]
+        y, i, z, j = np.array(both, dtype=np.float64).reshape(-1, 4).T                      # (n,) each
         d = (y - z)[~np.isnan(y - z)]
         differences.append({
             "policy": one, "other": other, "n": len(d), "win_rate": 100 * float(d.mean()) if len(d) else math.nan,
@@ -614,47 +597,79 @@ def figures(policies, difficulty, gamed):
     return table, differences
 
 
-def warnings_of(row):
-    if math.isnan(row["length_controlled_winrate"]):
-        yield "length tells wins from losses perfectly, so no length-controlled win rate exists"
-    if not 20 <= row["win_rate"] <= 80:
-        yield "the win rate is outside 20-80 %: the length-controlled one extrapolates"
-    if row["shorter"] + row["longer"] > 0 and min(row["shorter"], row["longer"]) < 0.15:
-        yield "one side is longer in fewer than 15 % of the pairs: the length-controlled win rate extrapolates"
-
-
 def print_figures(table, differences):
     width = max(len("policy"), *map(len, table))
-    say(f"\n{'policy':{width}}  {'win rate':>13}  {'length-controlled':>17}  {'wins/draws/losses':>17}  {'characters':>13}"
-        + ("  mean score" if "score_2" in next(iter(table.values())) else ""))
+    say(f"\n{'policy':{width}}  {'win rate':>13}  {'length-controlled':>17}  {'wins/draws/losses':>17}  {'characters':>12}  mean score")
     for name, r in table.items():
         say(f"{name:{width}}  {r['win_rate']:5.2f} +- {r['standard_error']:4.2f}  {r['length_controlled_winrate']:9.2f} +- "
-            f"{r['lc_standard_error']:4.2f}  {'/'.join(str(r[k]) for k in ('n_wins', 'n_draws', 'n_wins_base')):>17}  "
-            f"{r['avg_length']:5d} vs {r['avg_length_baseline']:4d}"
-            + (f"  {r['score_2']:+.3f} vs {r['score_1']:+.3f}" if "score_2" in r else ""))
+            f"{r['lc_standard_error']:4.2f}  {r['n_wins']:7}/{r['n_draws']}/{r['n_wins_base']:<7}  {r['avg_length']:4} vs "
+            f"{r['avg_length_baseline']:4}  " + (f"{r['score_2']:+.3f} vs {r['score_1']:+.3f}" if "score_2" in r else "-"))
+    places = list(table)
     for d in differences:
-        if list(table).index(d["other"]) == list(table).index(d["policy"]) + 1:             # the others: summary.json
+        if places.index(d["other"]) == places.index(d["policy"]) + 1:                       # the others: summary.json
             say(f"{d['policy']} - {d['other']}, paired: {d['win_rate']:+.2f} +- {d['standard_error']:.2f}, length-controlled "
                 f"{d['length_controlled_winrate']:+.2f} +- {d['lc_standard_error']:.2f} (n = {d['n']})")
-    for name, row in table.items():
-        for text in warnings_of(row):
-            say(f"warning: {name}: {text}")
+    for name, r in table.items():
+        if math.isnan(r["length_controlled_winrate"]):
+            say(f"warning: {name}: length tells wins from losses perfectly, so no length-controlled win rate exists")
+        if not 20 <= r["win_rate"] <= 80:
+            say(f"warning: {name}: the win rate is outside 20-80 %, the length-controlled one extrapolates")
+        if 0 < r["shorter"] + r["longer"] and min(r["shorter"], r["longer"]) < 0.15:
+            say(f"warning: {name}: one side is longer in fewer than 15 % of the pairs, the length-controlled win rate extrapolates")
 
 
 LEADERBOARD = ("win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate", "mode",
                "avg_length", "length_controlled_winrate", "lc_standard_error")               # alpaca_eval's columns
 
 
-def finite(value):
-    """The same with None (JSON's null, an empty cell) for NaN."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    return [finite(v) for v in value] if isinstance(value, list) else None if value != value else value
+def report(cfg, policies, segments, failed=()):
+    """Print what follows from the annotations, and write it, unless OUT holds a run that they are not part of."""
+    difficulty = read_json(cfg.difficulty) if cfg.difficulty else None
+    if difficulty is not None and not (isinstance(difficulty, list) and all(isinstance(d, (int, float)) for d in difficulty)):
+        fail(f"--difficulty {cfg.difficulty}: must be a JSON list of numbers")
+    table, differences = figures(policies, difficulty, read_annotations(cfg.gamed, by="variant"))
+    print_figures(table, differences)
+    for reason, n in Counter(failed).most_common(5):
+        say(f"warning: {n} pairs could not be judged ({reason}); the same command tries them again")
+    if cfg.annotations:
+        if os.path.exists(f"{cfg.out}/config.json") and not read_json(f"{cfg.out}/config.json").get("annotations"):
+            return say(f"{cfg.out} holds a run, so nothing is written there; --out takes another folder")
+        begin(cfg, {})
+    finite = json.loads(json.dumps([table, differences]), parse_constant=lambda nan: None)  # JSON and CSV know no NaN
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(
+        [("", *LEADERBOARD), *((name, *(r[c] for c in LEADERBOARD)) for name, r in finite[0].items())])
+    write_text(f"{cfg.out}/leaderboard.csv", text.getvalue())
+    write_json(f"{cfg.out}/summary.json", {"judge": "" if cfg.annotations else cfg.judge, "failed": len(failed),
+                                           "policies": finite[0], "differences": finite[1]})
+    write_text(f"{cfg.out}/metrics.jsonl", "")
+    for step, row in enumerate(table.values(), 1):               # step: the place in the leaderboard
+        log_metrics(cfg, step, {k: v for k, v in row.items() if k != "mode"})
+    if cfg.html:
+        if any(not isinstance(row.get(f"output_{k}"), str) for rows in policies.values() for row in rows for k in "12"):
+            fail("--html needs the outputs, these annotations hold only their lengths")
+        write_text(f"{cfg.out}/index.html", page("" if cfg.annotations else f"judge: {cfg.judge}; ", table, differences, policies, segments))
+    say(f"wrote {cfg.out}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Plumbing. One page to look at
-# ------------------------------------------------------------------------------------------------------------
+def pair_accuracy(cfg, pairs, preferences):
+    """How often the judge prefers the chosen response: overall, where it is the shorter or the longer, by subset."""
+    text = lambda value: value if isinstance(value, str) else value[-1]["content"]
+    subset = {(text(row["rejected"]), text(row["chosen"])): row.get("subset") for _, row in read_rows(cfg.data, cfg.max_samples)}
+    groups, table = {}, {}
+    for pair, p in zip(pairs, preferences):
+        rejected, chosen = pair["output_1"], pair["output_2"]
+        by_length = ("same length", "chosen is longer", "chosen is shorter")[np.sign(len(chosen) - len(rejected))]
+        for group in ("all", by_length, subset.get((rejected, chosen))):
+            if group is not None and p is not None:
+                groups.setdefault(str(group), []).append(0.5 if p == 1.5 else float(p > 1.5))
+    for group, right in groups.items():
+        low, high = wilson(sum(right), len(right))
+        table[group] = {"accuracy": 100 * sum(right) / len(right), "low": low, "high": high, "n": len(right)}
+        say(f"{group:20} accuracy {100 * sum(right) / len(right):6.2f} %, 95 % interval {low:.2f} to {high:.2f}, {len(right)} pairs")
+    write_json(f"{cfg.out}/pairs.json", table)
+
+
 CSS = """
 :root { color-scheme: light dark; --line: #d8d8d4; --soft: #f4f4f1; --ink: #1c1c1a; --paper: #fff; --dim: #666 }
 @media (prefers-color-scheme: dark) { :root { --line: #3a3a38; --soft: #242422; --ink: #e8e8e4; --paper: #181817; --dim: #a0a09a } }
@@ -671,27 +686,25 @@ section + section { border-left: 1px solid var(--line) } small { color: var(--di
 
 
 def page(note, table, differences, policies, segments):
-    """One self-contained page. policies: {name: rows}; segments: {(name, row): [(text, reward or None)]}. Whatever
-    comes from outside is escaped."""
+    """One self-contained page with 100 pairs a policy. policies: {name: rows}; segments: {(name, row): [(text, reward)]},
+    the policy's answer. Whatever comes from outside is escaped."""
     e = lambda x: html.escape(str(x))
     cells = lambda tag, *values: "<tr>" + "".join(f"<{tag}>{e(v)}</{tag}>" for v in values) + "</tr>"
     error = lambda r, a, b: "-" if math.isnan(r[a]) else f"{r[a]:.2f} ± {r[b]:.2f}"
     both = lambda r: (error(r, "win_rate", "standard_error"), error(r, "length_controlled_winrate", "lc_standard_error"))
-    rewards = [r for pieces in segments.values() for _, r in pieces if r is not None]
-    low, high = np.percentile(rewards, [5, 95]) if rewards else (0.0, 0.0)
+    rewards = np.array([r for pieces in segments.values() for _, r in pieces] or [0.0])
+    middle, far = rewards.mean(), 2 * rewards.std() + 1e-9
 
     def shade(text, reward):
-        if reward is None:
-            return e(text)
-        z = np.clip((2 * reward - low - high) / max(high - low, 1e-9), -1, 1)                # red -1 .. green 1
+        z = np.clip((reward - middle) / far, -1, 1)                                         # red -1 .. green 1
         color = "46,160,67" if z > 0 else "218,54,51"
-        return f'<span style="background:rgba({color},{0.45 * abs(z):.2f})">{e(text)}</span><sub>{reward:+.2f}</sub>'
+        return f'<span style="background:rgba({color},{0.5 * abs(z):.2f})">{e(text)}</span><sub>{reward:+.2f}</sub>'
 
     body = [cells("th", "policy", "win rate %", "at equal length %", "wins", "draws", "losses", "characters", "baseline's")]
     body += [cells("td", name, *both(r), r["n_wins"], r["n_draws"], r["n_wins_base"], r["avg_length"], r["avg_length_baseline"])
-             for name, r in table.items()]
-    body += [cells("td", f"{d['policy']} - {d['other']}", *both(d), *[""] * 5) for d in differences]
-    note += "; ± is one standard error" + (f"; segments from red (reward {low:+.2f}) to green ({high:+.2f})" if rewards else "")
+             for name, r in table.items()] + [cells("td", f"{d['policy']} - {d['other']}", *both(d), *[""] * 5) for d in differences]
+    note += "± is one standard error" + (f"; a segment's reward, red {middle - far:.2f} to green {middle + far:.2f}, stands "
+                                         "behind it" if segments else "")
     body = ['<div class="wide"><table>', *body, f"</table></div><p><small>{e(note)}.</small></p>"]
     for name in table:
         body.append(f"<h2>{e(name)}</h2><p><small>{min(100, len(policies[name]))} of {len(policies[name])} pairs</small></p>")
@@ -700,88 +713,37 @@ def page(note, table, differences, policies, segments):
             verdict = "not judged" if p is None else f"preference {p:.2f}: " + (
                 "a draw" if p == 1.5 else f"{row.get(f'generator_{1 + (p > 1.5)}')} is better")
             for k in (1, 2):
-                pieces = segments.get((name, n)) if k == 2 else None
                 best = p is not None and (p - 1.5) * (k - 1.5) > 0
                 score = f", score {row[f'score_{k}']:+.3f}" if row.get(f"score_{k}") is not None else ""
+                text = "".join(shade(*s) for s in segments.get((name, n), ()) if k == 2) or e(row[f"output_{k}"])
                 sides += (f'<section{" class=best" if best else ""}><small>{e(row.get(f"generator_{k}"))}, '
-                          f'{len(row[f"output_{k}"])} characters{score}</small><div class="text">'
-                          + "".join(shade(*piece) for piece in pieces or [(row[f"output_{k}"], None)]) + "</div></section>")
+                          f'{len(row[f"output_{k}"])} characters{score}</small><div class="text">{text}</div></section>')
             body.append(f'<article><header><div class="text">{e(row.get("instruction"))}</div><small>{n + 1}. {e(verdict)}</small>'
                         f'</header><div class="sides">{sides}</div></article>')
     return (f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>evaluation</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>{CSS}</style></head><body><h1>{e(" and ".join(table))}</h1>\n""" + "\n".join(body) + "\n</body></html>\n"
+<style>{CSS}</style></head><body><h1>{e(", ".join(table))}</h1>\n""" + "\n".join(body) + "\n</body></html>\n"
             ).encode("utf-8", "replace").decode()
 
 
 # ============================================================================================================
 # The run
 # ============================================================================================================
-def report(cfg, policies, segments, failed=()):
-    """Print what follows from the annotations, and write it, unless OUT holds a run that they are not part of."""
-    difficulty = read_json(cfg.difficulty) if cfg.difficulty else None
-    if difficulty is not None and not (isinstance(difficulty, list) and all(isinstance(d, (int, float)) for d in difficulty)):
-        fail(f"--difficulty {cfg.difficulty}: must be a JSON list of numbers")
-    table, differences = figures(policies, difficulty, read_annotations(cfg.gamed, by="variant"))
-    print_figures(table, differences)
-    for reason, n in Counter(failed).most_common(5):
-        say(f"warning: {n} pairs could not be judged ({reason}); the same command tries them again")
-    if cfg.annotations:
-        if os.path.exists(f"{cfg.out}/config.json") and not read_json(f"{cfg.out}/config.json").get("annotations"):
-            return say(f"{cfg.out} holds a run, so nothing is written there; --out takes another folder")
-        begin(cfg, {})
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(
-        [("", *LEADERBOARD), *((name, *(finite(r[c]) for c in LEADERBOARD)) for name, r in table.items())])
-    write_text(f"{cfg.out}/leaderboard.csv", text.getvalue())
-    write_json(f"{cfg.out}/summary.json", {"judge": cfg.judge, "failed": len(failed)}
-               | finite({"policies": table, "differences": differences}))
-    write_text(f"{cfg.out}/metrics.jsonl", "")
-    for step, row in enumerate(table.values(), 1):               # step: the place in the leaderboard
-        log_metrics(cfg, step, {k: v for k, v in row.items() if k != "mode"})
-    if cfg.html:
-        if any(not isinstance(row.get(f"output_{k}"), str) for rows in policies.values() for row in rows for k in "12"):
-            fail("--html needs the outputs, the annotations hold only their lengths")
-        base = " and ".join({str(r.get("generator_1")) for rows in policies.values() for r in rows})
-        note = f"against {base}" + ("" if cfg.annotations else f", judged by {cfg.judge}")
-        write_text(f"{cfg.out}/index.html", page(note, table, differences, policies, segments))
-    say(f"wrote {cfg.out}")
-
-
-def pair_accuracy(cfg, pairs, preferences):
-    """How often the judge prefers the chosen response: overall, where it is the shorter or the longer, by subset."""
-    text = lambda value: value if isinstance(value, str) else value[-1]["content"]
-    subset = {(text(row["rejected"]), text(row["chosen"])): row.get("subset") for _, row in read_rows(cfg.data)}
-    groups = {}
-    for pair, p in zip(pairs, preferences):
-        a, b = pair["output_1"], pair["output_2"]                # rejected, chosen
-        for group in ("all", "chosen is shorter" if len(b) < len(a) else "chosen is longer", subset.get((a, b))):
-            if group is not None and p is not None:
-                groups.setdefault(str(group), []).append(0.5 if p == 1.5 else float(p > 1.5))
-    out = {}
-    for group, right in groups.items():
-        low, high = wilson(sum(right), len(right))
-        out[group] = {"accuracy": 100 * sum(right) / len(right), "low": low, "high": high, "n": len(right)}
-        say(f"{group:20} accuracy {out[group]['accuracy']:6.2f} %, 95 % interval {low:.2f} to {high:.2f}, {len(right)} pairs")
-    write_json(f"{cfg.out}/pairs.json", out)
-
-
 def main(cfg):
-    for name, low in (("temperature", 0), ("workers", 1), ("tries", 1), ("generation_batch_size", 1), ("timeout", 1e-3)):
+    for name, low in (("temperature", 0), ("workers", 1), ("tries", 1), ("generation_batch_size", 1), ("timeout", 0.001)):
         if getattr(cfg, name) < low:
             fail(f"--{name} {getattr(cfg, name)}: must be at least {low}")
     device = setup()
     if cfg.annotations:
         return on_rank0(lambda: report(cfg, read_annotations(cfg.annotations), {}))
-    prepare_world(*cfg.model, cfg.baseline, cfg.data, cfg.judge)
-    if cfg.api_base:
-        url = urllib.parse.urlsplit(cfg.api_base)
-        if cfg.judge == Config.judge or url.scheme not in ("http", "https") or "@" in url.netloc:
-            fail("--api_base takes http(s)://host/v1 (the key comes from OPENAI_API_KEY), --judge the name of a model there")
+    prepare_world(*([] if cfg.pairs else [*cfg.model, cfg.baseline]), cfg.data)
+    url = urllib.parse.urlsplit(cfg.api_base)
+    if cfg.api_base and (cfg.judge == Config.judge or url.scheme not in ("http", "https") or "@" in url.netloc):
+        fail("--api_base takes http(s)://host/v1 (the key comes from OPENAI_API_KEY), --judge the name of a model there")
     judge = open_judge(cfg, device)
-    used = [s for s in ([] if cfg.pairs else [*cfg.model, cfg.baseline]) + [cfg.data] if s != cfg.data or os.path.isfile(s)]
-    finished = on_rank0(begin, cfg, {"judge": judge.id} | {s: content_id(s) for s in used} if rank() == 0 else {})
+    used = [s for s in [*([] if cfg.pairs else [*cfg.model, cfg.baseline]), cfg.data] if s != cfg.data or os.path.isfile(s)]
+    finished = on_rank0(lambda: begin(cfg, {"judge": judge.id} | {s: content_id(s) for s in used}))
     if finished and (cfg.pairs or not cfg.html):
         return say(f"{cfg.out}: already finished, nothing to do (delete the folder to run again)")
 
@@ -793,29 +755,32 @@ def main(cfg):
                 "finished": finished}
 
     if cfg.pairs:
-        pairs = {"chosen": [pair(prompt, rejected, chosen) for prompt, chosen, rejected in load_pairs(cfg.data, cfg.max_samples)]}
+        pairs = {"": [pair(prompt, rejected, chosen) for prompt, chosen, rejected in load_pairs(cfg.data, cfg.max_samples)]}
     else:
-        chats, cache = load_prompts(cfg.data, cfg.max_samples), Cache(f"{cfg.out}/generations.jsonl")
-        *names, base = names_of([*cfg.model, cfg.baseline])
-        answers = {name: answers_of(cfg, source, chats, 0, cache, device) for name, source in zip(names, cfg.model)}
-        answers[base] = answers_of(cfg, cfg.baseline, chats, 1, cache, device)
-        if rank() == 0:
-            for name, texts in answers.items():
+        names, base = [name_of(s) for s in cfg.model], name_of(cfg.baseline)
+        if len(set(names)) < len(names):                         # out/a/sft and out/b/sft
+            names = [s.strip("./").replace("/", "-") for s in cfg.model]
+        base += "-baseline" if base in names else ""
+        chats, cache, answers = load_prompts(cfg.data, cfg.max_samples), Cache(f"{cfg.out}/generations.jsonl"), {}
+        for name, source, side in [*zip(names, cfg.model, [0] * len(names)), (base, cfg.baseline, 1)]:
+            from_file = re.search(r"\.jsonl?(\.gz)?$", source)
+            answers[name] = read_outputs(source, chats) if from_file else answer(cfg, source, chats, side, cache, device)
+            if rank() == 0:
                 write_json(f"{cfg.out}/{name}.json", [
                     {"instruction": conversation(m), "output": text, "generator": name, "dataset": os.path.basename(cfg.data)}
-                    for m, (text, _) in zip(chats, texts)])
+                    for m, (text, _) in zip(chats, answers[name])])
         pairs = {name: [pair(m, b[0], a[0], (b[1], a[1])) for m, a, b in zip(chats, answers[name], answers[base])]
                  for name in names}
 
-    segments = {}
-    if cfg.html and (path := cfg.reward_model or on_rank0(default_reward_model, cfg)):
-        read = open_reward_model(cfg, path, device)
+    segments, shader = {}, cfg.reward_model or ("" if cfg.api_base or not os.path.isfile(f"{cfg.judge}/reward.json") else cfg.judge)
+    if cfg.html and shader:
+        read = open_reward_model(cfg, shader, device)
         for name, rows in pairs.items():
             shown = read([(p["messages"], p["output_2"], p["finished"][1]) for p in rows[:100]], texts=True)[1]
             segments |= {(name, n): pieces for n, pieces in enumerate(shown)}
 
     # --------------------------------------------------------------------------------------------------------
-    # judgements: each different pair once; a function or an endpoint is asked by rank 0 alone, the others are done
+    # judgements: each different pair once; a function or an endpoint is asked by rank 0, the others are done
     # --------------------------------------------------------------------------------------------------------
     cache, todo, failed = Cache(f"{cfg.out}/judgements.jsonl"), {}, {}
     for row in (row for rows in pairs.values() for row in rows):
@@ -826,15 +791,14 @@ def main(cfg):
             todo[row["key"]] = row
     if judge.alone and rank() > 0:
         return
-    bar = tqdm(total=len(todo), desc="judgements", leave=False, disable=rank() > 0 or not todo)
-    for row, verdict in judge.verdicts(list(todo.values())) if todo else ():
-        if "failed" in verdict:
-            failed[row["key"]] = verdict["failed"]
-        else:
-            cache.add(row["key"], verdict)
-        bar.update()
-        bar.set_postfix(failed=len(failed))
-    bar.close()
+    with tqdm(total=len(todo), desc="judgements", leave=False, disable=rank() > 0 or not todo) as bar:
+        for row, verdict in judge.verdicts(list(todo.values())) if todo else ():
+            if "failed" in verdict:
+                failed[row["key"]] = verdict["failed"]
+            else:
+                cache.add(row["key"], verdict)
+            bar.set_postfix(failed=len(failed), refresh=False)
+            bar.update()
     if rank() > 0:
         return
 
@@ -844,16 +808,15 @@ def main(cfg):
     if not any(row["key"] in cache for rows in pairs.values() for row in rows):
         fail(f"--judge {cfg.judge}: no pair could be judged ({next(iter(failed.values()), 'there are none')})")
     if cfg.pairs:
-        pair_accuracy(cfg, pairs["chosen"], [cache.get(row["key"], {}).get("preference") for row in pairs["chosen"]])
+        pair_accuracy(cfg, pairs[""], [cache.get(row["key"], {}).get("preference") for row in pairs[""]])
     else:
         policies = {name: [
             {"instruction": row["instruction"], "output_1": row["output_1"], "generator_1": base, "output_2": row["output_2"],
-             "generator_2": name, "annotator": cfg.judge} | {"preference": None} | cache.get(row["key"], {})
+             "generator_2": name, "annotator": cfg.judge, "preference": None} | cache.get(row["key"], {})
             for row in rows] for name, rows in pairs.items()}
         write_json(f"{cfg.out}/annotations.json", [row for rows in policies.values() for row in rows])
         for row in policies[names[0]][:cfg.show]:
-            say(f"\nuser: {row['instruction']}\n{base}: {row['output_1']}\n{names[0]}: {row['output_2']}\n"
-                f"preference {row['preference']}")
+            say(f"\nuser: {row['instruction']}\n{base}: {row['output_1']}\n{names[0]}: {row['output_2']}\npreference {row['preference']}")
         report(cfg, policies, segments, [failed[row["key"]] for rows in pairs.values() for row in rows if row["key"] in failed])
     if not failed:
         write_json(f"{cfg.out}/config.json", read_json(f"{cfg.out}/config.json") | {"finished": True})

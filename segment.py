@@ -20,6 +20,7 @@ Below the second ruler is the plumbing that every chapter shares: data, chat enc
 Deviations from the authors' code: one vectorised segmentation instead of three loops over `.item()`; lengths are
 integers and never searched for by a pad or EOS id; special tokens typed in a message stay ordinary text.
 """
+import errno
 import gzip
 import json
 import math
@@ -213,6 +214,23 @@ def parse(Config, argv=None):
     return cfg
 
 
+
+
+def start(main, Config):
+    """Run a chapter's main on the command line; what the machine refuses is said in one line too."""
+    try:
+        main(parse(Config))
+    except KeyboardInterrupt:
+        raise SystemExit(130)
+    except torch.OutOfMemoryError:
+        fail("out of GPU memory; lower --micro_tokens, then --generation_batch_size, or set --grad_checkpoint true")
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        fail(f"{e.filename or 'writing'}: {e.strerror}; an earlier checkpoint is untouched, continue from it with --resume")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def prepare_world(*paths):
@@ -633,4 +651,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    start(main, Config)

@@ -32,10 +32,10 @@ from torch import nn
 from transformers import AutoTokenizer, DynamicCache
 
 from segment import (WORLD, Granularity, LanguageModel, compute_dtype, encode_prompts, fail, is_finished, load_model,
-                     load_prompts, load_tokenizer, map_rows, micro_batches, on_rank0, opt, pad, paint, parse,
-                     prepare_world, rank, read_config, say, segment_ends, segment_texts, sequence_score, setup)
-from train_rm import (Normalizer, ScalarModel, StopSignal, begin_run, export, fingerprint, finish_run, learning_rate,
-                      load_checkpoint, load_function, log_metrics, normalized_token_rewards, oracle_scalars, read_json,
+                     load_prompts, load_tokenizer, map_rows, micro_batches, on_rank0, opt, pad, paint,
+                     prepare_world, rank, read_config, say, segment_texts, sequence_score, setup, start)
+from train_rm import (Normalizer, ScalarModel, StopSignal, already_finished, begin_run, export, fingerprint, finish_run,
+                      hardware, learning_rate,                      load_checkpoint, load_function, log_metrics, normalized_token_rewards, oracle_scalars, read_json,
                       rewards_at_ends, save_checkpoint, spread_rewards)
 
 
@@ -240,6 +240,8 @@ def prompt_text(messages):
 # ============================================================================================================
 def main(cfg):
     device = setup()
+    if already_finished(cfg):
+        return
     prepare_world(cfg.model, cfg.data)
     ranks, dtype = dist.get_world_size(), compute_dtype(cfg.dtype, device)
     if cfg.rollout_batch_size % cfg.batch_size:
@@ -260,9 +262,7 @@ def main(cfg):
     iterations = cfg.max_steps or max(1, cfg.passes * len(prompts) // cfg.rollout_batch_size)
     minibatches = cfg.rollout_batch_size // cfg.batch_size
     optimizer_steps = iterations * cfg.ppo_epochs * minibatches
-    start = begin_run(cfg)
-    if start is None:
-        return
+    first_iteration = begin_run(cfg)
     say(f"{iterations} iterations x {cfg.rollout_batch_size} responses on {ranks} x {device.type} = {cfg.ppo_epochs} epochs x "
         f"{minibatches} minibatches x {cfg.batch_size} responses; {own} reward model used as {use}, cutoff {cutoff}, "
         f"{cfg.normalizer} normaliser, scale {scale:.3g}")
@@ -281,11 +281,12 @@ def main(cfg):
     optimizers = {m: torch.optim.AdamW(m.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
                   for m, lr in ((actor, cfg.actor_lr), (critic, cfg.critic_lr))}
     trained = {"actor": (actor, optimizers[actor]), "critic": (critic, optimizers[critic])}
-    if start:
-        load_checkpoint(cfg, start, trained)
+    if first_iteration:
+        load_checkpoint(cfg, first_iteration, trained)
+    parameters = sum(p.numel() for m in (actor, critic) for p in m.parameters())
 
-    stop, began = StopSignal(), time.time()
-    for iteration in range(start, iterations):
+    stop, began, skipped = StopSignal(), time.time(), 0
+    for iteration in range(first_iteration, iterations):
         # ----------------------------------------------------------------------------------------------------
         # 1. sample: each rank decodes its rows, every rank gets all of them
         # ----------------------------------------------------------------------------------------------------
@@ -373,11 +374,13 @@ def main(cfg):
                     if update == 0:
                         first_ratio = torch.maximum(first_ratio, ((ratio.detach() - 1).abs() * m).max() + 1)
             rate = learning_rate(iteration * cfg.ppo_epochs * minibatches + update, optimizer_steps, cfg.warmup)
-            for k, (model, peak) in enumerate(((actor, cfg.actor_lr), (critic, cfg.critic_lr))):
-                norms[k] += nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm).full_tensor()
+            norm = torch.stack([nn.utils.clip_grad_norm_(m.parameters(), cfg.clip_norm).full_tensor() for m in (actor, critic)])
+            skipped = 0 if torch.isfinite(norm).all() else skipped + 1      # a step that is not finite changes nothing
+            norms += norm
+            for model, peak, first in ((actor, cfg.actor_lr, cfg.critic_warmup), (critic, cfg.critic_lr, 0)):
                 for group in optimizers[model].param_groups:
                     group["lr"] = peak * rate
-                if model is critic or iteration >= cfg.critic_warmup:
+                if not skipped and iteration >= first:
                     optimizers[model].step()
                 optimizers[model].zero_grad()
         dist.all_reduce(sums)
@@ -401,13 +404,14 @@ def main(cfg):
             "actor_grad_norm": float(norms[0]) / (cfg.ppo_epochs * minibatches),
             "critic_grad_norm": float(norms[1]) / (cfg.ppo_epochs * minibatches), "lr": cfg.actor_lr * rate,
             "time_generate": time_score - time_start, "time_score": time_train - time_score, "time_train": time_end - time_train,
-            "tokens_per_second": sum(row_lengths) / (time_end - time_start),
+            "tokens_per_second": sum(row_lengths) / (time_end - time_start), "skipped": skipped,
+            **hardware(device, 6 * parameters * sum(row_lengths) * cfg.ppo_epochs, time_end - time_train),
         }
         texts = [tokenizer.decode(r, skip_special_tokens=True) for _, r in rows]
         if gold:
             row["gold"] = float(np.mean([gold(prompt_text(chats[d]), t, bool(f)) for d, t, f in zip(drawn, texts, finished)]))
         log_metrics(cfg, done, row)
-        eta = (time.time() - began) / (done - start) * (iterations - done)
+        eta = (time.time() - began) / (done - first_iteration) * (iterations - done)
         say(f"step {done}/{iterations} | reward {row['reward']:+.3f}" + (f" | gold {row['gold']:+.3f}" if gold else "")
             + f" | kl {row['kl']:.2f} | length {row['response_length']:.0f} | finished {row['finished']:.2f} | "
             f"clip {row['clip_fraction']:.3f} | ev {row['explained_variance']:+.2f} | {row['tokens_per_second']:,.0f} tokens/s "
@@ -416,13 +420,16 @@ def main(cfg):
             pieces = segment_texts(tokenizer, rows[0][1], ends[0].cpu())
             say(f"  user: {chats[drawn[0]][-1]['content']}\n  {paint(pieces, rewards[0, ends[0]].tolist())}")
         stopping = stop.agreed(device)
-        if done % cfg.save_every == 0 or done == iterations or stopping:
+        if done % cfg.save_every == 0 or done == iterations or stopping or skipped >= 5:
             save_checkpoint(cfg, done, trained)
             export(actor, tokenizer, cfg.model, f"{cfg.out}/model", dtype)
+        if skipped >= 5:
+            fail(f"step {done}: losses or gradients were not finite in {skipped} updates in a row (skipped, saved); "
+                 "lower --actor_lr or look at the reward model")
         if stopping:
             say(f"stopped after step {done}; continue with --resume")
             raise SystemExit(128 + stopping)
-    if start == iterations:                       # killed between the last checkpoint and the end of its export
+    if first_iteration == iterations:                 # killed between the last checkpoint and the end of its export
         export(actor, tokenizer, cfg.model, f"{cfg.out}/model", dtype)
     finish_run(cfg)
     say(f"wrote {cfg.out}/model")
@@ -440,4 +447,4 @@ def prompt_order(seed, turn, n):
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    start(main, Config)

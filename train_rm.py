@@ -44,9 +44,9 @@ from transformers import AutoModelForSequenceClassification, GenerationConfig
 from transformers.utils import cached_file
 
 from segment import (WORLD, Granularity, LanguageModel, compute_dtype, encode_chats, fail, is_finished, load_model,
-                     load_pairs, load_tokenizer, map_rows, micro_batches, on_rank0, one_line, opt, pad, parse,
+                     load_pairs, load_tokenizer, map_rows, micro_batches, on_rank0, one_line, opt, pad,
                      prepare_world, rank, read_config, response_positions, say, segment_ends, segment_locations,
-                     sequence_score, setup)
+                     sequence_score, setup, start)
 
 GRANULARITIES = ("segment", "token", "bandit")
 NORMALIZERS = ("location", "global", "last", "none")
@@ -287,48 +287,55 @@ def oracle_scalars(f, tokenizer, rows, stops, device):
 NOT_COMPARED = ("out", "resume", "wandb", "cache", "calibrate_only", "save_every")     # no number depends on these
 
 
+def already_finished(cfg):
+    """True when OUT holds this very run, finished. A run with another config, or an unfinished one without --resume,
+    is the user's mistake: exit code 2, nothing touched."""
+    return on_rank0(_already_finished, cfg)
+
+
+def _already_finished(cfg):
+    path, new = f"{cfg.out}/config.json", asdict(cfg)
+    if not os.path.exists(path):
+        if foreign := [f for f in ("metrics.jsonl", "model", "checkpoint") if os.path.exists(f"{cfg.out}/{f}")]:
+            fail(f"{cfg.out} holds {foreign[0]} but no config.json, so it is no run of this script; give another --out")
+        return False
+    old = read_json(path)
+    state = "a finished run" if old.get("finished") else "an unfinished run"
+    if differs := [f"--{k} was {old.get(k)!r}, now {v!r}" for k, v in new.items() if k not in NOT_COMPARED and old.get(k) != v]:
+        fail(f"{cfg.out} holds {state} with another config ({'; '.join(differs)}); give another --out")
+    if old.get("finished"):
+        say(f"{cfg.out}: already finished, nothing to do (delete the folder to run again)")
+    elif not cfg.resume:
+        fail(f"{cfg.out} holds {state}; continue it with --resume or give another --out")
+    return bool(old.get("finished"))
+
+
 def begin_run(cfg):
-    """Returns the step to start from, or None when this very run is finished. OUT empty: start. An unfinished
-    run needs --resume and the same config; a finished one is never touched. All others: exit code 2."""
+    """Lock OUT, write its config, cut metrics.jsonl back to the newest checkpoint. Returns the step to start from."""
     return on_rank0(_begin_run, cfg)
 
 
 def _begin_run(cfg):
-    path, new = f"{cfg.out}/config.json", asdict(cfg)
-    old = read_json(path) if os.path.exists(path) else None
-    if old:
-        differs = [f"--{k} was {old.get(k)!r}, now {v!r}" for k, v in new.items() if k not in NOT_COMPARED and old.get(k) != v]
-        state = "a finished" if old.get("finished") else "an unfinished"
-        if differs:
-            fail(f"{cfg.out} holds {state} run with another config ({'; '.join(differs)}); give another --out")
-        if old.get("finished"):
-            say(f"{cfg.out}: already finished, nothing to do (delete the folder to run again)")
-            return None
+    os.makedirs(cfg.out, exist_ok=True)
+    _begin_run.lock = open(f"{cfg.out}/.lock", "a")               # held until the process ends, however it ends
     try:
-        os.makedirs(cfg.out, exist_ok=True)
-        _begin_run.lock = open(f"{cfg.out}/.lock", "a")           # held until the process ends, however it ends
         fcntl.flock(_begin_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"another run is writing to {cfg.out}; give this one its own --out")
-    except OSError as e:
-        fail(f"--out {cfg.out}: cannot be written ({one_line(e)})")
-    if not old:
-        if foreign := [f for f in ("metrics.jsonl", "model", "checkpoint") if os.path.exists(f"{cfg.out}/{f}")]:
-            fail(f"{cfg.out} holds {foreign[0]} but no config.json, so it is no run of this script; give another --out")
-        write_json(path, new)
+    if not os.path.exists(f"{cfg.out}/config.json"):
+        write_json(f"{cfg.out}/config.json", asdict(cfg))
         return 0
-    if not cfg.resume:
-        fail(f"{cfg.out} holds an unfinished run; continue it with --resume or give another --out")
-    step = max([int(name[5:]) for name in os.listdir(f"{cfg.out}/checkpoint") if name[5:].isdigit()], default=0) \
-        if os.path.exists(f"{cfg.out}/checkpoint") else 0
+    folder = f"{cfg.out}/checkpoint"
+    step = max((int(name[5:]) for name in (os.listdir(folder) if os.path.exists(folder) else ()) if name[5:].isdigit()), default=0)
     say(f"{cfg.out}: " + (f"resuming after step {step}" if step else "no checkpoint yet, starting afresh"))
-    if os.path.exists(f"{cfg.out}/metrics.jsonl"):                # what came after the checkpoint will come again
-        kept = []
-        for line in open(f"{cfg.out}/metrics.jsonl", encoding="utf-8"):
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-            kept.append(line)
-        write_text(f"{cfg.out}/metrics.jsonl", "".join(kept))
+    if os.path.exists(path := f"{cfg.out}/metrics.jsonl"):        # what came after the checkpoint will come again
+        with open(path, encoding="utf-8") as f:
+            lines = f.readlines()
+        try:                                                      # a torn last line came after the checkpoint
+            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
+        except (ValueError, KeyError, TypeError) as e:
+            fail(f"{path}: damaged ({one_line(e)}); mend or move the file, then --resume")
+        write_text(path, "".join(kept))
     return step
 
 
@@ -376,6 +383,23 @@ def wandb_run(cfg):
     return wandb.run or wandb.init(project=cfg.wandb, config=asdict(cfg), name=cfg.out)
 
 
+def hardware(device, flops, seconds):
+    """Model FLOP utilisation, against this GPU's own bf16 matmul rate, and peak memory. Nothing on a CPU."""
+    if device.type == "cpu":
+        return {}
+    if not hasattr(hardware, "rate"):
+        a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+        for k in range(13):                                       # three to warm up, ten to measure
+            if k == 3:
+                torch.cuda.synchronize()
+                tick = time.time()
+            a @ a
+        torch.cuda.synchronize()
+        hardware.rate = 10 * 2 * 8192 ** 3 / (time.time() - tick)
+    return {"mfu": flops / seconds / hardware.rate / dist.get_world_size(),
+            "memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30}
+
+
 class StopSignal:
     """SIGTERM and Ctrl-C let the step finish; the loop then saves and exits. All ranks agree on the step."""
 
@@ -414,7 +438,10 @@ def save_checkpoint(cfg, step, pairs):
     """OUT/checkpoint/step_N in safetensors, each rank its shards; complete or invisible. Older ones go."""
     folder = f"{cfg.out}/checkpoint/step_{step}"
     on_rank0(shutil.rmtree, folder + ".tmp", ignore_errors=True)
-    dcp.save(training_state(pairs), storage_writer=HuggingFaceStorageWriter(folder + ".tmp", save_distributed=True))
+    try:
+        dcp.save(training_state(pairs), storage_writer=HuggingFaceStorageWriter(folder + ".tmp", save_distributed=True))
+    except Exception as e:                                        # most often a full disk
+        fail(f"{folder}: could not be saved ({one_line(e)}); an earlier checkpoint is untouched, continue with --resume")
     dist.barrier()
     if rank() == 0:
         os.replace(folder + ".tmp", folder)
@@ -526,12 +553,16 @@ def learning_rate(step, steps, warmup):
 # ============================================================================================================
 def main(cfg):
     device = setup()
+    if not cfg.calibrate_only and already_finished(cfg):
+        return
     prepare_world(cfg.model, cfg.data)
     ranks, dtype = dist.get_world_size(), compute_dtype(cfg.dtype, device)
     if cfg.max_prompt_tokens >= cfg.max_tokens:
         fail(f"--max_prompt_tokens {cfg.max_prompt_tokens} leaves no room for a response in --max_tokens {cfg.max_tokens}")
     if cfg.max_tokens > (context := read_config(cfg.model).max_position_embeddings):
         fail(f"--max_tokens {cfg.max_tokens}: the context of {cfg.model} is {context}")
+    if cfg.oracle and not cfg.calibrate_only:
+        fail("--oracle goes with --calibrate_only: there is nothing to train")
     tokenizer, stops = load_tokenizer(cfg.model)
 
     # --------------------------------------------------------------------------------------------------------
@@ -559,9 +590,7 @@ def main(cfg):
     steps = min(cfg.max_steps, cfg.epochs * per_epoch) if cfg.max_steps else cfg.epochs * per_epoch
     finished = is_finished(rows, stops)                          # (rows,)
 
-    start = None if cfg.calibrate_only else begin_run(cfg)
-    if start is None and not cfg.calibrate_only:
-        return
+    first_step = 0 if cfg.calibrate_only else begin_run(cfg)
     say(f"{n} pairs: {len(train)} to train, {len(eval_pairs)} held out, {len(calibration)} to calibrate; "
         f"{float(finished.float().mean()):.1%} of the responses are finished\n"
         f"{steps} steps x {cfg.batch_size} pairs on {ranks} x {device.type}, {cfg.epochs} epochs of {per_epoch} steps")
@@ -585,14 +614,13 @@ def main(cfg):
     # --------------------------------------------------------------------------------------------------------
     # the reward model and its optimizer
     # --------------------------------------------------------------------------------------------------------
-    if cfg.oracle and not cfg.calibrate_only:
-        fail("--oracle goes with --calibrate_only: there is nothing to train")
-    source = (cfg.reward_model or f"{cfg.out}/model") if cfg.calibrate_only and not cfg.oracle else cfg.model
+    ready = cfg.calibrate_only and not cfg.oracle                # a trained model is there; an oracle needs none
+    source = (cfg.reward_model or f"{cfg.out}/model") if ready else cfg.model
     hidden = read_config(source).hidden_size
     model = load_model(source, ScalarModel, device, dtype, train=True, grad_checkpoint=cfg.grad_checkpoint,
-                       head_std=None if cfg.calibrate_only else 1 / (hidden + 1), seed=cfg.seed)
+                       head_std=None if ready else 1 / (hidden + 1), seed=cfg.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    pair = {"rm": (model, optimizer)}
+    trained, parameters = {"rm": (model, optimizer)}, sum(p.numel() for p in model.parameters())
 
     def evaluate(pairs):
         """Accuracy on held-out pairs: the share whose chosen response scores higher; a tie counts half."""
@@ -605,10 +633,10 @@ def main(cfg):
     # --------------------------------------------------------------------------------------------------------
     # training: Bradley-Terry on mean segment rewards
     # --------------------------------------------------------------------------------------------------------
-    if start:
-        load_checkpoint(cfg, start, pair)
-    stop, began = StopSignal(), time.time()
-    for step in range(start, steps) if not cfg.calibrate_only else ():
+    if first_step:
+        load_checkpoint(cfg, first_step, trained)
+    stop, began, skipped = StopSignal(), time.time(), 0
+    for step in range(first_step, steps) if not cfg.calibrate_only else ():
         tick = time.time()
         epoch, position = divmod(step, per_epoch)
         shuffled = np.random.default_rng([cfg.seed, epoch]).permutation(train)
@@ -631,25 +659,30 @@ def main(cfg):
         lr = cfg.lr * learning_rate(step, steps, cfg.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
+        skipped = 0 if torch.isfinite(norm) else skipped + 1
+        if not skipped:                                          # a step that is not finite changes nothing
+            optimizer.step()
         optimizer.zero_grad()
 
         done, seconds = step + 1, time.time() - tick
         row = {"loss": float(sums[0]) / cfg.batch_size, "accuracy": float(sums[1]) / cfg.batch_size,
-               "grad_norm": float(norm), "lr": lr, "time_step": seconds, "tokens_per_second": float(sums[2]) / seconds}
+               "grad_norm": float(norm), "lr": lr, "skipped": skipped, "time_step": seconds, "tokens_per_second": float(sums[2]) / seconds,
+               **hardware(device, 6 * parameters * float(sums[2]), seconds)}
         if done % cfg.eval_every == 0 or done == steps:
             row["eval_accuracy"] = evaluate(eval_pairs)
         log_metrics(cfg, done, row)
-        eta = (time.time() - began) / (done - start) * (steps - done)
+        eta = (time.time() - began) / (done - first_step) * (steps - done)
         if done % 10 == 0 or done == steps or seconds > 5 or "eval_accuracy" in row:
             say(f"step {done}/{steps} | loss {row['loss']:.4f} | accuracy {row['accuracy']:.2f} | grad norm {norm:.2f} | "
                 f"{row['tokens_per_second']:,.0f} tokens/s | {eta:.0f} s left"
                 + (f" | held-out accuracy {row['eval_accuracy']:.3f}" if "eval_accuracy" in row else ""))
         stopping = stop.agreed(device)
-        if done % cfg.save_every == 0 or done == steps or stopping:
-            save_checkpoint(cfg, done, pair)
+        if done % cfg.save_every == 0 or done == steps or stopping or skipped == 5:
+            save_checkpoint(cfg, done, trained)
             if done < steps:
                 export(model, tokenizer, cfg.model, f"{cfg.out}/model", dtype)
+        if skipped == 5:
+            fail(f"step {done}: loss or gradients were not finite in 5 steps in a row (skipped, saved); lower --lr")
         if stopping:
             say(f"stopped after step {done}; continue with --resume")
             raise SystemExit(128 + stopping)
@@ -665,13 +698,12 @@ def main(cfg):
     statistics = calibrate(lambda: ((v, *batch_of(block)) for v, block in zip(values, blocks)), cfg.cutoff, cfg.granularity)
     reward_json = {"granularity": cfg.granularity, "cutoff": cfg.cutoff, "sft_model": cfg.model, "sft_fingerprint": key,
                    "calibration_responses": len(index), "statistics": statistics}
-    if cfg.calibrate_only and (cfg.oracle or os.path.isdir(source)):
-        target = f"{cfg.out}/model" if cfg.oracle else source
+    target = source if ready and os.path.isdir(source) else f"{cfg.out}/model"
+    if cfg.oracle or target == source:
         if rank() == 0:
             os.makedirs(target, exist_ok=True)
             write_json(f"{target}/reward.json", reward_json)
     else:
-        target = f"{cfg.out}/model"
         export(model, tokenizer, cfg.model, target, dtype, {"reward.json": reward_json})
     fit = statistics["segment"]["location"]
     say(f"calibrated on {len(index)} responses; segment rewards: mean {fit['w_mean']:.3f} log p + {fit['b_mean']:.3f}, "
@@ -681,4 +713,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    start(main, Config)

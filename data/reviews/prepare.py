@@ -242,6 +242,8 @@ def sample_pairs(model, tokenizer, n, key):
                 row[side] = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
                 row[f"{side}_gold"] = gold
             rows.append(row)
+        if len(rows) == n - B:
+            raise SystemExit("prepare.py: no pair of responses ends with EOS; raise --texts, --epochs or --lr")
     agree = sum(row["chosen_gold"] > row["rejected_gold"] for row in rows)  # a tie, 4 % of the pairs, is none
     return rows, {**stats, "label_agreement": agree / n}
 
@@ -294,4 +296,5 @@ def parse(args=None):
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # matrices this small gain little from a second thread, which other jobs can stall
     main(parse())
