@@ -1,23 +1,23 @@
 """Chapter 4 of 4: does the policy answer better than the baseline?
 
-    python evaluate.py                                                  # the embedded world: PPO policy against SFT model
+    python evaluate.py                                             # the embedded world: PPO policy against SFT model
     torchrun --nproc_per_node=8 evaluate.py --model out/ppo/model --baseline meta-llama/Llama-3.1-8B-Instruct \\
-        --data prompts.jsonl --judge my_reward.py:score --max_prompt_tokens 1024 --max_new_tokens 1024
-    python evaluate.py --model out/ppo/model out/ppo-bandit/model --out out/eval-two    # several policies, one table
-    python evaluate.py ... --judge out/rm/model                         # a reward model: sigmoid(score - score)
-    python evaluate.py ... --judge Qwen/Qwen2.5-7B-Instruct             # a chat model on this machine
+        --data prompts.jsonl --judge RM --max_prompt_tokens 1024 --max_new_tokens 1024        # torchrun as in chapter 2
+    python evaluate.py --model out/ppo/model out/ppo-bandit/model --out out/eval-two          # several policies
+    python evaluate.py ... --judge my_reward.py:score              # a Python function: the higher score wins
+    python evaluate.py ... --judge out/rm/model                    # a reward model: sigmoid of the score difference
+    python evaluate.py ... --judge Qwen/Qwen2.5-7B-Instruct        # a chat model on this machine
     OPENAI_API_KEY=... python evaluate.py ... --judge gpt-4.1 --api_base https://api.openai.com/v1
     python evaluate.py --annotations FILE --difficulty FILE --gamed FILE     # every figure from annotations alone
-    python evaluate.py --pairs --data PREFERENCES --judge out/rm/model  # how often does a judge agree with the labels?
+    python evaluate.py --pairs --data PREFERENCES --judge out/rm/model       # how often does a judge match the labels?
 
 Policy and baseline answer the same prompts, a judge prefers one answer of each pair, and the preferences become a
 win rate. Judges like long answers, so a second figure asks what the win rate would be at equal length (Dubois et
 al. 2024, arXiv 2404.04475): a logistic regression of the outcome on the difference in length, read where it is 0.
+Answers and verdicts are kept, line by line, in OUT: the same command goes on where it was killed, nothing is paid twice.
 
-What is generated or judged is kept, line by line, in OUT: a killed run goes on where it was, and nothing is paid twice.
-Deviations from alpaca_eval: the length-controlled fit is unpenalised Newton (within 0.12 points of their
-leaderboard), its standard error the influence function's (theirs is 2-6 times too small); language-model judges
-see every pair in both orders; a policy's answers and the baseline's never share random numbers.
+Deviations from alpaca_eval: the length-controlled fit is unpenalised (within 0.12 points of their leaderboard); its
+standard error is the influence function's (theirs is 2-6 times too small); language models judge both orders.
 """
 import csv
 import hashlib
@@ -61,15 +61,14 @@ class Config:
     model: List[str] = several(["out/ppo/model"], "the policies: models, or files of alpaca_eval outputs")
     baseline: str = opt(f"{WORLD}/sft", "what they are compared with: a model, or a file of alpaca_eval outputs")
     data: str = opt(f"{WORLD}/prompts_test.jsonl", "prompts (columns prompt or instruction); with --pairs preferences")
-    judge: str = opt(f"{WORLD}/prepare.py:gold_reward", "file.py:function of (prompt, response), a reward model, a chat "
-                     "model, or with --api_base the name of a model there")
-    api_base: str = opt("", "OpenAI-compatible endpoint, e.g. http://localhost:8000/v1; key: environment OPENAI_API_KEY")
+    judge: str = opt(f"{WORLD}/prepare.py:gold_reward", "file.py:function of (prompt, response), reward model or chat model")
+    api_base: str = opt("", "--judge is the name of a model at this OpenAI-compatible URL; key: environment OPENAI_API_KEY")
     out: str = opt("out/eval", "output folder")
-    pairs: bool = opt(False, "evaluate the judge instead: its accuracy on the preferences of --data")
+    pairs: bool = opt(False, "evaluate the judge instead: how often it prefers what --data calls chosen")
     # figures from files
-    annotations: List[str] = several([], "judge nothing: files of alpaca_eval annotations (or len_1, len_2 for outputs)")
-    difficulty: str = opt("", "alpaca_eval's instruction difficulties: a JSON list, looked up by row position")
-    gamed: List[str] = several([], "annotations of length-gamed baselines (split by the column `variant`)")
+    annotations: List[str] = several([], "judge nothing: files of alpaca_eval annotations (len_1, len_2 may stand for outputs)")
+    difficulty: str = opt("", "alpaca_eval's instruction difficulties: a JSON list, the i-th belongs to row i")
+    gamed: List[str] = several([], "annotations of length-gamed baselines, split by their column variant")
     # sampling
     temperature: float = opt(1.0, "1: the distribution that PPO trained; 0: greedy")
     seed: int = opt(0, "of the samples")
@@ -85,8 +84,8 @@ class Config:
     tries: int = opt(10, "of a failing request, with growing pauses, before its pair is left out")
     # report
     show: int = opt(3, "pairs to print")
-    html: bool = opt(False, "write OUT/index.html: the figures and 100 pairs a policy, its segments shaded by reward")
-    reward_model: str = opt("", "shades the segments (default: the judge if it is one, else out/rm/model if it is there)")
+    html: bool = opt(False, "write OUT/index.html: the figures and 100 pairs a policy")
+    reward_model: str = opt("", "shades the page's segments by their reward (default: the judge, if it is one)")
     wandb: str = opt("", "log to this wandb project too")
 
 
@@ -94,7 +93,7 @@ class Config:
 # Figures. 1. the win rate
 # ------------------------------------------------------------------------------------------------------------
 def outcomes(preferences):
-    """Preferences in [1, 2] (2: the model's answer is better) -> y in [0, 1], float (n,). None stays NaN; a 0 is
+    """Preferences in [1, 2] (2: the model's answer is better) -> y in [0, 1], float (n,). None becomes NaN; 0 is
     alpaca_eval's old tie. ValueError outside."""
     y = np.array([np.nan if p is None else p for p in preferences], dtype=np.float64)
     y = np.where(y == 0, 0.5, y - 1)
@@ -104,8 +103,8 @@ def outcomes(preferences):
 
 
 def win_rate(preferences):
-    """The mean outcome in percent, its standard error (NaN for a single pair) and counts; a draw is exactly 1.5,
-    None is left out. ValueError when nothing is left.
+    """The mean outcome in percent, its standard error (NaN for a single pair) and counts. A draw is exactly 1.5; None
+    and NaN are left out; ValueError when nothing is left.
 
     >>> win_rate([2.0, 2.0, 1.5, 1.0])["win_rate"]
     62.5
@@ -114,27 +113,38 @@ def win_rate(preferences):
     y = y[~np.isnan(y)]
     if not len(y):
         raise ValueError("there is no preference to average")
-    return {"win_rate": 100 * float(y.mean()),
-            "standard_error": 100 * float(y.std(ddof=1)) / math.sqrt(len(y)) if len(y) > 1 else math.nan,
+    return {"win_rate": 100 * float(y.mean()), "standard_error": standard_error(y),
             "n_wins": int((y > 0.5).sum()), "n_wins_base": int((y < 0.5).sum()), "n_draws": int((y == 0.5).sum()),
             "n_total": len(y), "discrete_win_rate": 100 * float(np.where(y == 0.5, 0.5, np.round(y)).mean())}
+
+
+def standard_error(x):
+    """Of the mean of x, in percent, without its NaNs; NaN below two."""
+    x = x[~np.isnan(x)]
+    return 100 * float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else math.nan
+
+
+def wilson(right, n, z=1.96):
+    """95 % interval of a share, in percent; honest near 0 and 1 and for small n."""
+    middle, half = right / n + z * z / (2 * n), z * math.sqrt(right / n * (1 - right / n) / n + z * z / (4 * n * n))
+    return 100 * (middle - half) / (1 + z * z / n), 100 * (middle + half) / (1 + z * z / n)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Figures. 2. the win rate at equal length
 # ------------------------------------------------------------------------------------------------------------
 def design(preferences, len_baseline, len_model, difficulty, constant):
-    """-> y (m,), x = [tanh(D / std D), difficulty if given, constant] (m, k), and there (n,): which rows have a y."""
+    """-> y (m,), x = [tanh(D / std D), difficulty if given, constant] (m, k), and there (n,): the rows that have a y"""
     y = outcomes(preferences)
     there = ~np.isnan(y)
     D = (np.asarray(len_baseline, dtype=np.float64) - np.asarray(len_model, dtype=np.float64))[there]
     std = D.std(ddof=1) if len(D) > 1 else 0.0
-    columns = [np.tanh(D / std) if std > 0 else np.zeros(len(D)), np.full(len(D), constant)]
+    x = [np.tanh(D / std) if std > 0 else np.zeros(len(D)), np.full(len(D), constant)]
     if difficulty is not None:
         if len(difficulty) < len(y):
-            raise ValueError(f"{len(y)} rows but only {len(difficulty)} difficulties")
-        columns.insert(1, np.asarray(difficulty, dtype=np.float64)[:len(y)][there])       # by position: row i has d_i
-    return y[there], np.stack(columns, 1), there
+            raise ValueError(f"{len(y)} rows, but only {len(difficulty)} difficulties")
+        x.insert(1, np.asarray(difficulty, dtype=np.float64)[:len(y)][there])             # by position: row i has d_i
+    return y[there], np.stack(x, 1), there
 
 
 def length_controlled(preferences, len_baseline, len_model, difficulty=None, gamed=None):
@@ -150,21 +160,20 @@ def length_controlled(preferences, len_baseline, len_model, difficulty=None, gam
     if not x[:, 0].any() or np.ptp(y) == 0:
         influence[there] = y - y.mean()
         return float(y.mean()), influence
-    # gamed variants of the baseline (told to be brief, or long) pin down what length alone does: weight 0.1, and
-    # no intercept, because the baseline is no better than itself
+    # Variants of the baseline told to be brief, or long, pin down what length alone does; they weigh a tenth and
+    # have no intercept, because the baseline is no better than itself.
     more = [design(p, a, b, difficulty if d is None else d, 0.0) for p, a, b, d in gamed or []]
     X = np.concatenate([x] + [m[1] for m in more])                                        # (M, k)
     Y = np.concatenate([y] + [m[0] for m in more])
     weight = np.where(np.arange(len(Y)) < len(y), 1.0, 0.1)
-    sigma = lambda z: 1 / (1 + np.exp(-z))
+    sigmoid = lambda z: 1 / (1 + np.exp(-z))
 
     w = np.zeros(X.shape[1])                                                              # Newton
     for _ in range(100):
-        p = sigma(X @ w)
+        p = sigmoid(X @ w)
         H = (X.T * (weight * p * (1 - p))) @ X                                            # (k, k)
         step = np.linalg.lstsq(H, X.T @ (weight * (Y - p)), rcond=None)[0]
-        step *= min(1, 3 / (1e-9 + np.abs(X @ step).max()))                               # at most 3 logits at a time
-        w = w + step
+        w = w + step * min(1, 3 / (1e-9 + np.abs(X @ step).max()))                        # at most 3 logits at a time
         if np.abs(X @ w).max() > 25:
             return math.nan, influence                                                    # it runs away: separable
         if np.abs(step).max() < 1e-10:
@@ -172,16 +181,10 @@ def length_controlled(preferences, len_baseline, len_model, difficulty=None, gam
 
     # LC = mean q, q = p at equal length. How LC moves with row i: directly, and through the weights (H^-1 score_i).
     x0 = x * (np.arange(x.shape[1]) > 0)                                                  # t = 0
-    q, p = sigma(x0 @ w), sigma(x @ w)                                                    # (m,)
-    G = (x0 * (q * (1 - q))[:, None]).mean(0)                                             # d mean q / d w
+    q, p = sigmoid(x0 @ w), sigmoid(x @ w)                                                # (m,)
+    G = (x0 * (q * (1 - q))[:, None]).mean(0)                                             # (k,) d LC / d w
     influence[there] = q - q.mean() + len(y) * (y - p) * (x @ np.linalg.lstsq(H, G, rcond=None)[0])
     return float(q.mean()), influence
-
-
-def standard_error(influence):
-    """In percent; rows without preference (NaN) don't count; NaN below two rows."""
-    influence = influence[~np.isnan(influence)]
-    return 100 * float(influence.std(ddof=1)) / math.sqrt(len(influence)) if len(influence) > 1 else math.nan
 
 
 def length_controlled_win_rate(preferences, len_baseline, len_model, difficulty=None, gamed=None):
@@ -192,14 +195,8 @@ def length_controlled_win_rate(preferences, len_baseline, len_model, difficulty=
     return {"length_controlled_winrate": 100 * lc, "lc_standard_error": standard_error(influence)}
 
 
-def wilson(right, n, z=1.96):
-    """95 % interval of a share, in percent; honest near 0 and 1 and for few pairs."""
-    middle, half = right / n + z * z / (2 * n), z * math.sqrt(right / n * (1 - right / n) / n + z * z / (4 * n * n))
-    return 100 * (middle - half) / (1 + z * z / n), 100 * (middle + half) / (1 + z * z / n)
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Judges. verdicts(pairs) yields (pair, {"preference": 1 to 2, ...} or {"failed": reason}) for every pair;
+# Judges. verdicts(pairs) yields (pair, {"preference": 1 to 2, ...} or {"failed": reason}) for every pair.
 # alone: rank 0 asks it, the others aren't needed; scores: it scores each answer, so identical ones are asked too.
 # A pair: messages, instruction (their text), output_1 (the baseline's), output_2 (the policy's), finished (of both).
 # ------------------------------------------------------------------------------------------------------------
@@ -247,10 +244,9 @@ def ask_function(cfg, pairs):
     for pair in pairs:
         try:
             a, b = (float(f(prompt_text(pair["messages"]), pair[f"output_{k}"], pair["finished"][k - 1])) for k in (1, 2))
+            assert math.isfinite(a + b), f"{a} and {b} are no scores"
         except Exception as e:
             fail(f"--judge {cfg.judge}: {type(e).__name__} for the prompt {pair['instruction'][:60]!r}: {one_line(e)}")
-        if not math.isfinite(a + b):
-            fail(f"--judge {cfg.judge}: not a finite number for the prompt {pair['instruction'][:60]!r}")
         yield pair, {"preference": 1.5 + ((b > a) - (b < a)) / 2, "score_1": a, "score_2": b}
 
 
@@ -267,8 +263,9 @@ def open_reward_model(cfg, path, device):
     """-> read(answers, texts=False). answers: [(messages, response, finished)]; gives their scores and, with texts,
     the segments of each as [(text, reward)]. Scored as it was trained, by the granularity and cutoff in its
     reward.json; a sequence classifier without one is read at the last token, as transformers does."""
-    dtype, sft = compute_dtype(cfg.dtype, device), None
-    saved = read_json(f"{path}/reward.json") if os.path.isfile(f"{path}/reward.json") else {"granularity": "bandit", "cutoff": 0}
+    dtype, sft, saved = compute_dtype(cfg.dtype, device), None, {"granularity": "bandit", "cutoff": 0}
+    if os.path.isfile(f"{path}/reward.json"):
+        saved = on_rank0(read_json, f"{path}/reward.json")
     tokenizer, stops = load_tokenizer(path)
     context = read_config(path).max_position_embeddings
     model = load_model(path, ScalarModel, device, dtype)
@@ -277,38 +274,40 @@ def open_reward_model(cfg, path, device):
             for source in (saved["sft_model"], cfg.baseline):
                 if os.path.exists(f"{source}/config.json") and fingerprint(source) == saved["sft_fingerprint"]:
                     return source
-            fail(f"{path}: its segments need the SFT model {saved['sft_model']}, which is not there or has other weights")
+            fail(f"{path}: its segments need the SFT model {saved['sft_model']}, which isn't there or has other weights")
         sft = load_model(on_rank0(find), LanguageModel, device, dtype)
 
     def read(answers, texts=False):
-        rows = encode_chats(tokenizer, stops, [a[:2] for a in answers], context, min(cfg.max_prompt_tokens, context // 2))
+        limit = min(cfg.max_prompt_tokens, context // 2)
+        rows = encode_chats(tokenizer, stops, [a[:2] for a in answers], context, limit)
         # where sampling was cut off there was no end-of-turn token
         rows = [(p, r if a[2] or len(r) < 2 or r[-1] not in stops else r[:-1]) for (p, r), a in zip(rows, answers)]
         values = map_rows(model, rows, cfg.micro_tokens, device)[0]                                  # (B, R)
         entropy = map_rows(sft, rows, cfg.micro_tokens, device)[2] if sft else torch.zeros_like(values)
-        mask = torch.arange(values.shape[1], device=device) < torch.tensor([[len(r)] for _, r in rows], device=device)
-        ends = segment_ends(entropy, mask, is_finished(rows, stops).to(device), saved["cutoff"], saved["granularity"])
-        segments = [list(zip(segment_texts(tokenizer, r[:len(r) - int(r[-1] in stops)], e[:len(r)].cpu()), v[e].tolist()))
-                    for (_, r), v, e in zip(rows, values, ends)] if texts else []
+        lengths = torch.tensor([[len(r)] for _, r in rows], device=device)                           # (B, 1)
+        mask, finished = torch.arange(values.shape[1], device=device) < lengths, is_finished(rows, stops).to(device)
+        ends = segment_ends(entropy, mask, finished, saved["cutoff"], saved["granularity"])
+        segments = [list(zip(segment_texts(tokenizer, r[:len(r) - int(r[-1] in stops)], e[:len(r)].cpu()),
+                             v[e].tolist())) for (_, r), v, e in zip(rows, values, ends)] if texts else []
         return sequence_score(values, ends).tolist(), segments
     return read
 
 
 def ask_chat_model(cfg, pairs, device):
     """p(B) / (p(A) + p(B)) for the next token, in both orders."""
-    tokenizer, _ = load_tokenizer(cfg.judge)
+    (tokenizer, _), context = load_tokenizer(cfg.judge), read_config(cfg.judge).max_position_embeddings
     model = load_model(cfg.judge, LanguageModel, device, compute_dtype(cfg.dtype, device))
-    labels, context = [x[:1] for x in tokenize(tokenizer, ["A", "B"])], read_config(cfg.judge).max_position_embeddings
+    labels = [x[:1] for x in tokenize(tokenizer, ["A", "B"])]
     if labels[0].tolist() == labels[1].tolist():
         fail(f"--judge {cfg.judge}: its tokenizer doesn't know the labels A and B")
     for block in blocks(pairs, 64):
         chats = [[{"role": "user", "content": q}] for pair in block for q in questions(pair)]
         ids = encode_prompts(tokenizer, chats, 10 ** 9)
         rows = [(p if len(p) < context else p[:1], label) for p in ids for label in labels]
-        logp = map_rows(model, rows, cfg.micro_tokens, device)[0][:, 0].view(len(block), 2, 2)       # (pairs, orders, labels)
-        second = logp.softmax(-1)[..., 1].tolist()                                                   # (pairs, orders)
-        for pair, (p, q), long in zip(block, second, np.array([len(p) >= context for p in ids]).reshape(-1, 2).any(1)):
-            yield pair, {"failed": f"longer than the judge's context of {context}"} if long else {"preference": 1 + (p + 1 - q) / 2}
+        logp = map_rows(model, rows, cfg.micro_tokens, device)[0][:, 0].view(len(block), 2, 2)       # pairs, orders, labels
+        long = np.array([len(p) >= context for p in ids]).reshape(-1, 2).any(1)
+        for pair, (p, q), too_long in zip(block, logp.softmax(-1)[..., 1].tolist(), long):
+            yield pair, {"failed": f"the judge's context is {context}"} if too_long else {"preference": 1 + (p + 1 - q) / 2}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -370,14 +369,15 @@ def ask(cfg, key, question, logprobs=True):
     request = urllib.request.Request(f"{cfg.api_base.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
     try:
         with urllib.request.build_opener(AnyStatus).open(request, timeout=cfg.timeout) as r:
-            status, pause, text = r.status, r.headers.get("Retry-After", ""), r.read().decode("utf-8", "replace")
+            status, wait, text = r.status, r.headers.get("Retry-After", ""), r.read().decode("utf-8", "replace")
     except (OSError, http.client.HTTPException) as e:            # time-outs, refused and broken connections
         raise Failed("network", f"no answer ({one_line(e)})")
     if status in (400, 422) and logprobs:                        # a server that offers none may refuse to be asked
         return ask(cfg, key, question, logprobs=False)
     if status != 200:
-        kind = "network" if status >= 500 or status in (408, 409, 425, 429) else "all" if status in (401, 403, 404) else "pair"
-        raise Failed(kind, f"HTTP {status} {one_line(text)}", min(60.0, float(pause)) if re.fullmatch(r"\d+(\.\d+)?", pause) else 0.0)
+        passing = status >= 500 or status in (408, 409, 425, 429)
+        raise Failed("network" if passing else "all" if status in (401, 403, 404) else "pair", f"HTTP {status} {one_line(text)}",
+                     min(60.0, float(wait)) if re.fullmatch(r"\d+(\.\d+)?", wait) else 0.0)
     try:
         return read_verdict(json.loads(text)["choices"][0])
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
@@ -387,7 +387,7 @@ def ask(cfg, key, question, logprobs=True):
 def read_verdict(choice):
     """The reply must be a bare label; how sure the judge was of it is in the log-probabilities, if there are any."""
     text = choice["message"]["content"] or choice["message"].get("refusal") or ""
-    said = re.fullmatch(r"\W*(?:(?i:the better |better )?(?i:answer|response|output)\W+(?:(?i:is)\W+)?)?([AB])\W*",
+    said = re.fullmatch(r"\W*(?:(?i:the )?(?i:better )?(?i:answer|response|output)\W+(?:(?i:is)\W+)?)?([AB])\W*",
                         text.strip().partition("\n")[0])
     if not said:
         raise Failed("reply", f"no verdict in {text[:60]!r}")
@@ -402,7 +402,7 @@ def read_verdict(choice):
 
 
 # ============================================================================================================
-# Plumbing. What is done stays done: a cache of generations and judgements, the run's folder
+# Plumbing. What is done stays done: a cache of answers and verdicts, the run's folder
 # ============================================================================================================
 def digest(*parts):
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
@@ -435,15 +435,14 @@ class Cache(dict):
 
     @staticmethod
     def read(path):
-        rows, whole = {}, True
-        for line in open(path, encoding="utf-8", errors="replace") if os.path.exists(path) else ():
-            whole = line.endswith("\n")
+        text, rows = open(path, encoding="utf-8", errors="replace").read() if os.path.exists(path) else "", {}
+        for line in text.split("\n"):
             try:
                 row = json.loads(line)
                 rows[row.pop("key")] = row
             except (ValueError, KeyError, TypeError, AttributeError):
                 pass
-        if not whole:
+        if text and text[-1] != "\n":
             with open(path, "a", encoding="utf-8") as f:
                 f.write("\n")
         return rows
@@ -504,7 +503,8 @@ def read_outputs(source, chats):
 
 
 def answer(cfg, source, chats, side, cache, device):
-    """[(text, finished)] of a model to every prompt; side: 0 policies, 1 baseline. A block is one batch on every rank."""
+    """[(text, finished)] of a model to every prompt. side (0 policies, 1 baseline) keeps their luck apart. A block is one
+    batch on every rank, and then in the cache."""
     (tokenizer, stops), config = load_tokenizer(source), read_config(source)
     R, ranks, dtype = cfg.max_new_tokens, dist.get_world_size(), compute_dtype(cfg.dtype, device)
     if cfg.max_prompt_tokens + R > config.max_position_embeddings:
@@ -523,12 +523,14 @@ def answer(cfg, source, chats, side, cache, device):
             fail(f"{source}: weights are missing from the checkpoint, among them {sorted(info['missing_keys'])[0]}")
         hf, banned = hf.to(device).eval(), never_sampled(tokenizer, stops, config.vocab_size).to(device)
     for block in tqdm(blocks(todo, cfg.generation_batch_size * ranks), source, leave=False, disable=rank() > 0 or not todo):
-        tokens = torch.zeros(len(block), R, dtype=torch.long, device=device)                # (b, R)
-        lengths = torch.zeros(len(block), dtype=torch.long, device=device)                  # (b,)
-        if mine := list(range(len(block)))[rank()::ranks]:
-            luck = torch.from_numpy(np.stack([np.random.default_rng([cfg.seed, 3, side, block[i]]).random(R, dtype=np.float32)
-                                              for i in mine]))
-            tokens[mine], _, lengths[mine] = generate(hf, [prompts[block[i]] for i in mine], stops, R, luck, cfg.temperature, banned)
+        tokens = torch.zeros(len(block), R, dtype=torch.long, device=device)                         # (b, R)
+        lengths = torch.zeros(len(block), dtype=torch.long, device=device)                           # (b,)
+        mine = list(range(len(block)))[rank()::ranks]
+        if mine:
+            rng = [np.random.default_rng([cfg.seed, 3, side, block[i]]) for i in mine]
+            luck = torch.from_numpy(np.stack([g.random(R, dtype=np.float32) for g in rng]))
+            ids = [prompts[block[i]] for i in mine]
+            tokens[mine], _, lengths[mine] = generate(hf, ids, stops, R, luck, cfg.temperature, banned)
         dist.all_reduce(tokens)
         dist.all_reduce(lengths)
         for n, t, length in zip(block, tokens.tolist(), lengths.tolist()):
@@ -540,71 +542,67 @@ def answer(cfg, source, chats, side, cache, device):
 # ------------------------------------------------------------------------------------------------------------
 # Plumbing. Annotations -> figures -> table, files, page
 # ------------------------------------------------------------------------------------------------------------
+LEADERBOARD = ("win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate", "mode",
+               "avg_length", "length_controlled_winrate", "lc_standard_error")               # alpaca_eval's columns
+
+
 def read_annotations(sources, by="generator_2"):
-    """{policy (or variant): its rows}, checked, in the order of the files."""
+    """{policy (or variant): its rows}, checked, in the order of the files, each with preference, len_1 and len_2."""
     groups = {}
     for source in sources:
         for n, row in read_rows(source):
             p = row["preference"] if "preference" in row else row.get("preference_surrogate", "nothing")
             if p is not None and not (isinstance(p, (int, float)) and (p == 0 or 1 <= p <= 2 or math.isnan(p))):
                 fail(f"{source} row {n}: preference must be in [1, 2] or null; here it is {p!r}")
+            row = row | {"preference": p}
             for k in "12":
-                if not isinstance(row.get(f"output_{k}"), str) and not isinstance(row.get(f"len_{k}"), (int, float)):
+                if isinstance(row.get(f"output_{k}"), str):
+                    row[f"len_{k}"] = len(row[f"output_{k}"])
+                elif not isinstance(row.get(f"len_{k}"), (int, float)):
                     fail(f"{source} row {n}: needs output_{k} or len_{k}")
             name = next((str(row[c]) for c in (by, "generator_2") if row.get(c) is not None), name_of(source))
-            groups.setdefault(name, []).append(row | {"preference": p})
+            groups.setdefault(name, []).append(row)
     return groups
-
-
-def columns(rows):
-    """-> preferences, lengths of the baseline's answers, of the model's, and positions in the annotations"""
-    length = lambda row, k: len(row[f"output_{k}"]) if isinstance(row.get(f"output_{k}"), str) else row[f"len_{k}"]
-    return ([r["preference"] for r in rows], [length(r, 1) for r in rows], [length(r, 2) for r in rows],
-            [r["position"] if isinstance(r.get("position"), int) else i for i, r in enumerate(rows)])
 
 
 def figures(policies, difficulty=None, gamed={}):
     """{name: rows} -> {name: leaderboard row}, best first, and [paired differences between two policies]."""
-    def difficulties(where):
-        if difficulty and max(where) >= len(difficulty):
-            fail(f"--difficulty holds {len(difficulty)} values, but there are {max(where) + 1} rows")
-        return [difficulty[i] for i in where] if difficulty else None
-    variants, table, by_prompt = [(*rest, difficulties(i)) for *rest, i in map(columns, gamed.values())], {}, {}
+    columns = lambda rows: [[r[c] for r in rows] for c in ("preference", "len_1", "len_2")]
+    variants, table, by_prompt = [(*columns(rows), difficulty) for rows in gamed.values()], {}, {}
     for name, rows in policies.items():
-        preferences, a, b, where = columns(rows)
+        preferences, a, b = columns(rows)
         try:
             table[name] = win_rate(preferences)
+            lc, influence = length_controlled(preferences, a, b, difficulty, variants)
         except ValueError as e:
             fail(f"{name}: {e}")
-        lc, influence = length_controlled(preferences, a, b, difficulties(where), variants)
         table[name] |= {"mode": "community", "avg_length": int(np.mean(b)), "length_controlled_winrate": 100 * lc,
                         "lc_standard_error": standard_error(influence), "avg_length_baseline": int(np.mean(a)),
                         "shorter": float(np.mean(np.less(b, a))), "longer": float(np.mean(np.greater(b, a)))}
-        for k in ("score_1", "score_2"):
-            if scores := [r[k] for r in rows if r.get(k) is not None]:
-                table[name][k] = float(np.mean(scores))
-        by_prompt[name] = {r.get("instruction") or r.get("index", i): yi for r, i, *yi in zip(rows, where, outcomes(preferences), influence)}
+        if "score_2" in rows[0]:
+            table[name] |= {k: float(np.mean([r[k] for r in rows if k in r])) for k in ("score_1", "score_2")}
+        keys = [r.get("instruction") or r.get("index", n) for n, r in enumerate(rows)]
+        by_prompt[name] = dict(zip(keys, zip(outcomes(preferences), influence)))
     table = dict(sorted(table.items(), key=lambda kv: -np.nan_to_num(kv[1]["length_controlled_winrate"], nan=-1)))
     differences = []
     for one, other in combinations(table, 2):
         both = [by_prompt[one][k] + by_prompt[other][k] for k in by_prompt[one] if k in by_prompt[other]]
-        y, i, z, j = np.array(both, dtype=np.float64).reshape(-1, 4).T                      # (n,) each
+        y, i, z, j = np.array(both, dtype=np.float64).reshape(-1, 4).T                               # (n,) each
         d = (y - z)[~np.isnan(y - z)]
-        differences.append({
-            "policy": one, "other": other, "n": len(d), "win_rate": 100 * float(d.mean()) if len(d) else math.nan,
-            "standard_error": standard_error(d), "lc_standard_error": standard_error(i - j),
-            "length_controlled_winrate": table[one]["length_controlled_winrate"] - table[other]["length_controlled_winrate"]})
+        lc = table[one]["length_controlled_winrate"] - table[other]["length_controlled_winrate"]
+        differences.append({"policy": one, "other": other, "n": len(d), "win_rate": 100 * float(d.mean()) if len(d) else math.nan,
+                            "standard_error": standard_error(d), "length_controlled_winrate": lc,
+                            "lc_standard_error": standard_error(i - j)})
     return table, differences
 
 
 def print_figures(table, differences):
-    width = max(len("policy"), *map(len, table))
-    say(f"\n{'policy':{width}}  {'win rate':>13}  {'length-controlled':>17}  {'wins/draws/losses':>17}  {'characters':>12}  mean score")
+    wide, places = max(len("policy"), *map(len, table)), list(table)
+    say(f"\n{'policy':{wide}}       win rate  length-controlled  wins/draws/losses    characters  mean score")
     for name, r in table.items():
-        say(f"{name:{width}}  {r['win_rate']:5.2f} +- {r['standard_error']:4.2f}  {r['length_controlled_winrate']:9.2f} +- "
+        say(f"{name:{wide}}  {r['win_rate']:5.2f} +- {r['standard_error']:4.2f}      {r['length_controlled_winrate']:5.2f} +- "
             f"{r['lc_standard_error']:4.2f}  {r['n_wins']:7}/{r['n_draws']}/{r['n_wins_base']:<7}  {r['avg_length']:4} vs "
             f"{r['avg_length_baseline']:4}  " + (f"{r['score_2']:+.3f} vs {r['score_1']:+.3f}" if "score_2" in r else "-"))
-    places = list(table)
     for d in differences:
         if places.index(d["other"]) == places.index(d["policy"]) + 1:                       # the others: summary.json
             say(f"{d['policy']} - {d['other']}, paired: {d['win_rate']:+.2f} +- {d['standard_error']:.2f}, length-controlled "
@@ -615,17 +613,13 @@ def print_figures(table, differences):
         if not 20 <= r["win_rate"] <= 80:
             say(f"warning: {name}: the win rate is outside 20-80 %, the length-controlled one extrapolates")
         if 0 < r["shorter"] + r["longer"] and min(r["shorter"], r["longer"]) < 0.15:
-            say(f"warning: {name}: one side is longer in fewer than 15 % of the pairs, the length-controlled win rate extrapolates")
-
-
-LEADERBOARD = ("win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate", "mode",
-               "avg_length", "length_controlled_winrate", "lc_standard_error")               # alpaca_eval's columns
+            say(f"warning: {name}: one side is longer in fewer than 15 % of the pairs, the length-controlled one extrapolates")
 
 
 def report(cfg, policies, segments, failed=()):
     """Print what follows from the annotations, and write it, unless OUT holds a run that they are not part of."""
     difficulty = read_json(cfg.difficulty) if cfg.difficulty else None
-    if difficulty is not None and not (isinstance(difficulty, list) and all(isinstance(d, (int, float)) for d in difficulty)):
+    if cfg.difficulty and not (isinstance(difficulty, list) and all(isinstance(d, (int, float)) for d in difficulty)):
         fail(f"--difficulty {cfg.difficulty}: must be a JSON list of numbers")
     table, differences = figures(policies, difficulty, read_annotations(cfg.gamed, by="variant"))
     print_figures(table, differences)
@@ -635,8 +629,7 @@ def report(cfg, policies, segments, failed=()):
         if os.path.exists(f"{cfg.out}/config.json") and not read_json(f"{cfg.out}/config.json").get("annotations"):
             return say(f"{cfg.out} holds a run, so nothing is written there; --out takes another folder")
         begin(cfg, {})
-    finite = json.loads(json.dumps([table, differences]), parse_constant=lambda nan: None)  # JSON and CSV know no NaN
-    text = io.StringIO()
+    finite, text = json.loads(json.dumps([table, differences]), parse_constant=lambda nan: None), io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(
         [("", *LEADERBOARD), *((name, *(r[c] for c in LEADERBOARD)) for name, r in finite[0].items())])
     write_text(f"{cfg.out}/leaderboard.csv", text.getvalue())
@@ -648,50 +641,56 @@ def report(cfg, policies, segments, failed=()):
     if cfg.html:
         if any(not isinstance(row.get(f"output_{k}"), str) for rows in policies.values() for row in rows for k in "12"):
             fail("--html needs the outputs, these annotations hold only their lengths")
-        write_text(f"{cfg.out}/index.html", page("" if cfg.annotations else f"judge: {cfg.judge}; ", table, differences, policies, segments))
+        write_text(f"{cfg.out}/index.html", page(cfg, table, differences, policies, segments))
     say(f"wrote {cfg.out}")
 
 
 def pair_accuracy(cfg, pairs, preferences):
     """How often the judge prefers the chosen response: overall, where it is the shorter or the longer, by subset."""
     text = lambda value: value if isinstance(value, str) else value[-1]["content"]
-    subset = {(text(row["rejected"]), text(row["chosen"])): row.get("subset") for _, row in read_rows(cfg.data, cfg.max_samples)}
+    rows = (row for _, row in read_rows(cfg.data, cfg.max_samples))
+    subset = {(text(row["rejected"]), text(row["chosen"])): row.get("subset") for row in rows}
     groups, table = {}, {}
     for pair, p in zip(pairs, preferences):
         rejected, chosen = pair["output_1"], pair["output_2"]
-        by_length = ("same length", "chosen is longer", "chosen is shorter")[np.sign(len(chosen) - len(rejected))]
-        for group in ("all", by_length, subset.get((rejected, chosen))):
+        length = ("same length", "chosen is longer", "chosen is shorter")[np.sign(len(chosen) - len(rejected))]
+        for group in ("all", length, subset.get((rejected, chosen))):
             if group is not None and p is not None:
                 groups.setdefault(str(group), []).append(0.5 if p == 1.5 else float(p > 1.5))
     for group, right in groups.items():
         low, high = wilson(sum(right), len(right))
         table[group] = {"accuracy": 100 * sum(right) / len(right), "low": low, "high": high, "n": len(right)}
-        say(f"{group:20} accuracy {100 * sum(right) / len(right):6.2f} %, 95 % interval {low:.2f} to {high:.2f}, {len(right)} pairs")
+        say(f"{group:20} accuracy {table[group]['accuracy']:6.2f} %, 95 % interval {low:.2f} to {high:.2f}, {len(right)} pairs")
     write_json(f"{cfg.out}/pairs.json", table)
 
 
 CSS = """
 :root { color-scheme: light dark; --line: #d8d8d4; --soft: #f4f4f1; --ink: #1c1c1a; --paper: #fff; --dim: #666 }
-@media (prefers-color-scheme: dark) { :root { --line: #3a3a38; --soft: #242422; --ink: #e8e8e4; --paper: #181817; --dim: #a0a09a } }
-body { margin: 0 auto; max-width: 76rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper) }
-.wide { overflow-x: auto } table { border-collapse: collapse } td, th { padding: .3rem .8rem; text-align: right; white-space: nowrap }
-tr { border-bottom: 1px solid var(--line) } td:first-child, th:first-child { text-align: left; padding-left: 0 }
+@media (prefers-color-scheme: dark) {
+  :root { --line: #3a3a38; --soft: #242422; --ink: #e8e8e4; --paper: #181817; --dim: #a0a09a } }
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
+  background: var(--paper) }
+.wide { overflow-x: auto } table { border-collapse: collapse } tr { border-bottom: 1px solid var(--line) }
+td, th { padding: .3rem .8rem; text-align: right; white-space: nowrap }
+td:first-child, th:first-child { text-align: left; padding-left: 0 }
 article { margin: 1.5rem 0; border: 1px solid var(--line); border-radius: .5rem; overflow: hidden }
 header { padding: .7rem 1rem; background: var(--soft) } .text { white-space: pre-wrap; overflow-wrap: anywhere }
 .sides { display: grid; grid-template-columns: 1fr 1fr } section { padding: .7rem 1rem; min-width: 0 }
-section + section { border-left: 1px solid var(--line) } small { color: var(--dim) } .best small { font-weight: 600; color: var(--ink) }
-.text span { border-radius: .2rem; padding: .1rem 0 } sub { font-size: .65em; color: var(--dim); padding: 0 .15rem }
-@media (max-width: 44rem) { .sides { grid-template-columns: 1fr } section + section { border-left: 0; border-top: 1px solid var(--line) } }
+section + section { border-left: 1px solid var(--line) }
+small, sub { color: var(--dim) } .best small { font-weight: 600; color: var(--ink) }
+.text span { border-radius: .2rem; padding: .1rem 0 } sub { font-size: .65em; padding: 0 .15rem }
+@media (max-width: 44rem) { .sides { grid-template-columns: 1fr }
+  section + section { border-left: 0; border-top: 1px solid var(--line) } }
 """
 
 
-def page(note, table, differences, policies, segments):
-    """One self-contained page with 100 pairs a policy. policies: {name: rows}; segments: {(name, row): [(text, reward)]},
-    the policy's answer. Whatever comes from outside is escaped."""
+def page(cfg, table, differences, policies, segments):
+    """One self-contained page with 100 pairs a policy. policies: {name: rows}; segments: {(name, row): [(text, reward)]}
+    of the policy's answer. Whatever comes from outside is escaped."""
     e = lambda x: html.escape(str(x))
     cells = lambda tag, *values: "<tr>" + "".join(f"<{tag}>{e(v)}</{tag}>" for v in values) + "</tr>"
-    error = lambda r, a, b: "-" if math.isnan(r[a]) else f"{r[a]:.2f} ± {r[b]:.2f}"
-    both = lambda r: (error(r, "win_rate", "standard_error"), error(r, "length_controlled_winrate", "lc_standard_error"))
+    rates = lambda r: ["-" if math.isnan(r[a]) else f"{r[a]:.2f} ± {r[b]:.2f}" for a, b in (
+        ("win_rate", "standard_error"), ("length_controlled_winrate", "lc_standard_error"))]
     rewards = np.array([r for pieces in segments.values() for _, r in pieces] or [0.0])
     middle, far = rewards.mean(), 2 * rewards.std() + 1e-9
 
@@ -700,26 +699,29 @@ def page(note, table, differences, policies, segments):
         color = "46,160,67" if z > 0 else "218,54,51"
         return f'<span style="background:rgba({color},{0.5 * abs(z):.2f})">{e(text)}</span><sub>{reward:+.2f}</sub>'
 
-    body = [cells("th", "policy", "win rate %", "at equal length %", "wins", "draws", "losses", "characters", "baseline's")]
-    body += [cells("td", name, *both(r), r["n_wins"], r["n_draws"], r["n_wins_base"], r["avg_length"], r["avg_length_baseline"])
-             for name, r in table.items()] + [cells("td", f"{d['policy']} - {d['other']}", *both(d), *[""] * 5) for d in differences]
-    note += "± is one standard error" + (f"; a segment's reward, red {middle - far:.2f} to green {middle + far:.2f}, stands "
-                                         "behind it" if segments else "")
-    body = ['<div class="wide"><table>', *body, f"</table></div><p><small>{e(note)}.</small></p>"]
+    note = "" if cfg.annotations else f"judge: {e(cfg.judge)}; "
+    note += "± one standard error" + (f"; behind each segment its reward, red {middle - far:.2f} to green "
+                                      f"{middle + far:.2f}" if segments else "")
+    body = ['<div class="wide"><table>', cells("th", "policy", "win rate %", "at equal length %", "wins", "draws", "losses",
+                                               "characters", "baseline's")]
+    for name, r in table.items():
+        body.append(cells("td", name, *rates(r), *(r[c] for c in ("n_wins", "n_draws", "n_wins_base", "avg_length",
+                                                                  "avg_length_baseline"))))
+    body += [cells("td", f"{d['policy']} - {d['other']}", *rates(d), *[""] * 5) for d in differences]
+    body.append(f"</table></div><p><small>{note}</small></p>")
     for name in table:
         body.append(f"<h2>{e(name)}</h2><p><small>{min(100, len(policies[name]))} of {len(policies[name])} pairs</small></p>")
         for n, row in enumerate(policies[name][:100]):
             p, sides = row["preference"], ""
-            verdict = "not judged" if p is None else f"preference {p:.2f}: " + (
-                "a draw" if p == 1.5 else f"{row.get(f'generator_{1 + (p > 1.5)}')} is better")
+            winner = 0 if p in (None, 1.5) else 1 + (p > 1.5)
+            verdict = f"{row.get(f'generator_{winner}')} is better" if winner else "not judged" if p is None else "a draw"
             for k in (1, 2):
-                best = p is not None and (p - 1.5) * (k - 1.5) > 0
-                score = f", score {row[f'score_{k}']:+.3f}" if row.get(f"score_{k}") is not None else ""
+                score = f", score {row[f'score_{k}']:+.3f}" if f"score_{k}" in row else ""
                 text = "".join(shade(*s) for s in segments.get((name, n), ()) if k == 2) or e(row[f"output_{k}"])
-                sides += (f'<section{" class=best" if best else ""}><small>{e(row.get(f"generator_{k}"))}, '
-                          f'{len(row[f"output_{k}"])} characters{score}</small><div class="text">{text}</div></section>')
-            body.append(f'<article><header><div class="text">{e(row.get("instruction"))}</div><small>{n + 1}. {e(verdict)}</small>'
-                        f'</header><div class="sides">{sides}</div></article>')
+                sides += (f'<section{" class=best" if k == winner else ""}><small>{e(row.get(f"generator_{k}"))}, '
+                          f'{row[f"len_{k}"]} characters{score}</small><div class="text">{text}</div></section>')
+            body.append(f'<article><header><div class="text">{e(row.get("instruction"))}</div><small>{n + 1}. preference '
+                        f'{e(p)}: {e(verdict)}</small></header><div class="sides">{sides}</div></article>')
     return (f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>evaluation</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -737,12 +739,13 @@ def main(cfg):
     device = setup()
     if cfg.annotations:
         return on_rank0(lambda: report(cfg, read_annotations(cfg.annotations), {}))
-    prepare_world(*([] if cfg.pairs else [*cfg.model, cfg.baseline]), cfg.data)
+    sources = [] if cfg.pairs else [*cfg.model, cfg.baseline]
+    prepare_world(*sources, cfg.data)
     url = urllib.parse.urlsplit(cfg.api_base)
     if cfg.api_base and (cfg.judge == Config.judge or url.scheme not in ("http", "https") or "@" in url.netloc):
         fail("--api_base takes http(s)://host/v1 (the key comes from OPENAI_API_KEY), --judge the name of a model there")
     judge = open_judge(cfg, device)
-    used = [s for s in [*([] if cfg.pairs else [*cfg.model, cfg.baseline]), cfg.data] if s != cfg.data or os.path.isfile(s)]
+    used = sources + [cfg.data] * os.path.isfile(cfg.data)
     finished = on_rank0(lambda: begin(cfg, {"judge": judge.id} | {s: content_id(s) for s in used}))
     if finished and (cfg.pairs or not cfg.html):
         return say(f"{cfg.out}: already finished, nothing to do (delete the folder to run again)")
@@ -762,17 +765,19 @@ def main(cfg):
             names = [s.strip("./").replace("/", "-") for s in cfg.model]
         base += "-baseline" if base in names else ""
         chats, cache, answers = load_prompts(cfg.data, cfg.max_samples), Cache(f"{cfg.out}/generations.jsonl"), {}
-        for name, source, side in [*zip(names, cfg.model, [0] * len(names)), (base, cfg.baseline, 1)]:
+        for name, source in zip([*names, base], sources):
             from_file = re.search(r"\.jsonl?(\.gz)?$", source)
-            answers[name] = read_outputs(source, chats) if from_file else answer(cfg, source, chats, side, cache, device)
-            if rank() == 0:
-                write_json(f"{cfg.out}/{name}.json", [
-                    {"instruction": conversation(m), "output": text, "generator": name, "dataset": os.path.basename(cfg.data)}
-                    for m, (text, _) in zip(chats, answers[name])])
+            answers[name] = read_outputs(source, chats) if from_file else \
+                answer(cfg, source, chats, int(name == base), cache, device)
+            outputs = [{"instruction": conversation(chat), "output": text, "generator": name,
+                        "dataset": os.path.basename(cfg.data)} for chat, (text, _) in zip(chats, answers[name])]
+            on_rank0(write_json, f"{cfg.out}/{name}.json", outputs)
         pairs = {name: [pair(m, b[0], a[0], (b[1], a[1])) for m, a, b in zip(chats, answers[name], answers[base])]
                  for name in names}
 
-    segments, shader = {}, cfg.reward_model or ("" if cfg.api_base or not os.path.isfile(f"{cfg.judge}/reward.json") else cfg.judge)
+    segments, shader = {}, cfg.reward_model
+    if not shader and not cfg.api_base and os.path.isfile(f"{cfg.judge}/reward.json"):
+        shader = cfg.judge
     if cfg.html and shader:
         read = open_reward_model(cfg, shader, device)
         for name, rows in pairs.items():
@@ -780,10 +785,11 @@ def main(cfg):
             segments |= {(name, n): pieces for n, pieces in enumerate(shown)}
 
     # --------------------------------------------------------------------------------------------------------
-    # judgements: each different pair once; a function or an endpoint is asked by rank 0, the others are done
+    # verdicts: each different pair once; a function or an endpoint is asked by rank 0, the others are done
     # --------------------------------------------------------------------------------------------------------
     cache, todo, failed = Cache(f"{cfg.out}/judgements.jsonl"), {}, {}
-    for row in (row for rows in pairs.values() for row in rows):
+    everything = [row for rows in pairs.values() for row in rows]
+    for row in everything:
         row["key"] = digest(judge.id, row["instruction"], row["output_1"], row["output_2"], row["finished"])
         if row["output_1"] == row["output_2"] and not judge.scores:
             cache[row["key"]] = {"preference": 1.5}              # a draw without a call
@@ -791,7 +797,7 @@ def main(cfg):
             todo[row["key"]] = row
     if judge.alone and rank() > 0:
         return
-    with tqdm(total=len(todo), desc="judgements", leave=False, disable=rank() > 0 or not todo) as bar:
+    with tqdm(total=len(todo), desc="verdicts", leave=False, disable=rank() > 0 or not todo) as bar:
         for row, verdict in judge.verdicts(list(todo.values())) if todo else ():
             if "failed" in verdict:
                 failed[row["key"]] = verdict["failed"]
@@ -805,20 +811,23 @@ def main(cfg):
     # --------------------------------------------------------------------------------------------------------
     # report
     # --------------------------------------------------------------------------------------------------------
-    if not any(row["key"] in cache for rows in pairs.values() for row in rows):
+    if not any(row["key"] in cache for row in everything):
         fail(f"--judge {cfg.judge}: no pair could be judged ({next(iter(failed.values()), 'there are none')})")
     if cfg.pairs:
         pair_accuracy(cfg, pairs[""], [cache.get(row["key"], {}).get("preference") for row in pairs[""]])
     else:
-        policies = {name: [
+        write_json(f"{cfg.out}/annotations.json", [
             {"instruction": row["instruction"], "output_1": row["output_1"], "generator_1": base, "output_2": row["output_2"],
              "generator_2": name, "annotator": cfg.judge, "preference": None} | cache.get(row["key"], {})
-            for row in rows] for name, rows in pairs.items()}
-        write_json(f"{cfg.out}/annotations.json", [row for rows in policies.values() for row in rows])
+            for name in names for row in pairs[name]])
+        policies = read_annotations([f"{cfg.out}/annotations.json"])
         for row in policies[names[0]][:cfg.show]:
-            say(f"\nuser: {row['instruction']}\n{base}: {row['output_1']}\n{names[0]}: {row['output_2']}\npreference {row['preference']}")
-        report(cfg, policies, segments, [failed[row["key"]] for rows in pairs.values() for row in rows if row["key"] in failed])
-    if not failed:
+            say(f"\nuser: {row['instruction']}\n{base}: {row['output_1']}\n{names[0]}: {row['output_2']}\n"
+                f"preference: {row['preference']}")
+        report(cfg, policies, segments, [failed[row["key"]] for row in everything if row["key"] in failed])
+    if failed:
+        say(f"{len(failed)} pairs are left out")
+    else:
         write_json(f"{cfg.out}/config.json", read_json(f"{cfg.out}/config.json") | {"finished": True})
 
 

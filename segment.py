@@ -456,7 +456,8 @@ def messages_of(value, where, role):
 
 
 def load_pairs(source, limit=0):
-    """Yield (prompt messages, chosen, rejected) texts; pairs with equal or empty responses are dropped and counted."""
+    """Yield (prompt messages, chosen text, rejected text, "file row n"); pairs whose responses are equal or empty are
+    dropped and counted."""
     dropped = Counter()
     for n, row in read_rows(source, limit):
         where = f"{source} row {n}"
@@ -477,7 +478,7 @@ def load_pairs(source, limit=0):
                       not rejected.strip() else "two different prompts" if prompt != other_prompt else None):
             dropped[reason] += 1
         else:
-            yield prompt, chosen, rejected
+            yield prompt, chosen, rejected, where
     for reason, count in dropped.items():
         say(f"{source}: dropped {count} pairs with {reason}")
 
@@ -519,7 +520,7 @@ def load_tokenizer(path):
     return tokenizer, torch.tensor(sorted(stops - {None}))
 
 
-def render(tokenizer, messages, where="a conversation", **kwargs):
+def render(tokenizer, messages, where, **kwargs):
     """Messages -> text by the chat template. A special token typed by a person gets an invisible character after
     its first letter, so that it stays text: it must neither end a turn nor start one."""
     specials = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special and len(t.content) > 1]
@@ -536,9 +537,9 @@ def tokenize(tokenizer, texts):
     return [np.array(x, dtype=np.int32) for x in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
 
 
-def encode_prompts(tokenizer, prompts, max_tokens):
+def encode_prompts(tokenizer, prompts, max_tokens, source="prompts"):
     """[messages] -> [int32 ids]; a prompt over its limit loses its oldest tokens, BOS kept."""
-    texts = [render(tokenizer, m, f"prompt {n}", add_generation_prompt=True) for n, m in enumerate(prompts, 1)]
+    texts = [render(tokenizer, m, f"{source} row {n}", add_generation_prompt=True) for n, m in enumerate(prompts, 1)]
     return [cut_prompt(ids, max_tokens, tokenizer.bos_token_id) for ids in tokenize(tokenizer, texts)]
 
 
@@ -549,18 +550,19 @@ def cut_prompt(ids, limit, bos):
 
 
 def encode_chats(tokenizer, stops, chats, max_tokens, max_prompt_tokens):
-    """[(prompt messages, response text)] -> [(prompt ids, response ids)], int32, the end-of-turn token included.
+    """[(prompt messages, response text, where)] -> [(prompt ids, response ids)], int32, end-of-turn token included;
+    `where` is what an error message calls the row.
 
     The response is what the full conversation adds to the prompt rendered with its generation prompt, up to its
     first stop token. Too long: the prompt is cut to max_prompt_tokens, then the response loses its last tokens
     and with them its end-of-turn token (it is then "not finished").
     """
     prompts, answers = [], []
-    for n, (prompt, response) in enumerate(chats, 1):
-        start = render(tokenizer, prompt, f"conversation {n}", add_generation_prompt=True)
-        whole = render(tokenizer, prompt + [{"role": "assistant", "content": response}], f"conversation {n}")
+    for prompt, response, where in chats:
+        start = render(tokenizer, prompt, where, add_generation_prompt=True)
+        whole = render(tokenizer, prompt + [{"role": "assistant", "content": response}], where)
         if not whole.startswith(start):
-            fail(f"conversation {n}: the chat template does not continue its own generation prompt")
+            fail(f"{where}: the chat template does not continue its own generation prompt")
         prompts.append(start)
         answers.append(whole[len(start):])
     rows, endless = [], 0
@@ -606,9 +608,9 @@ def main(cfg):
     prepare_world(cfg.model, cfg.data)
     tokenizer, stops = load_tokenizer(cfg.model)
     if cfg.text:
-        chats = [([{"role": "user", "content": cfg.prompt}], cfg.text)]
+        chats = [([{"role": "user", "content": cfg.prompt}], cfg.text, "--text")]
     else:
-        chats = [(prompt, chosen) for prompt, chosen, _ in load_pairs(cfg.data, cfg.max_samples)]
+        chats = [(prompt, chosen, where) for prompt, chosen, _, where in load_pairs(cfg.data, cfg.max_samples)]
     if not chats:
         fail(f"{cfg.data}: no pair is left")
     max_tokens = min(cfg.max_tokens, read_config(cfg.model).max_position_embeddings)
@@ -630,7 +632,7 @@ def main(cfg):
             where = response_positions(p, int(r.max()), 0).clamp(max=ids.shape[1] - 1)
             return [values.gather(1, where)]
         scores = map_rows(scalar, rows[:cfg.show], cfg.micro_tokens, device)[0]                  # (show, R)
-    for b, (prompt, _) in enumerate(chats[:cfg.show]):
+    for b, (prompt, *_) in enumerate(chats[:cfg.show]):
         pieces = segment_texts(tokenizer, rows[b][1], ends[b].cpu())
         say(f"\nuser: {prompt[-1]['content'].strip()}\n{paint(pieces, scores[b, ends[b]].tolist() if cfg.reward_model else None)}")
 

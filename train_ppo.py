@@ -18,9 +18,9 @@ run can be killed and resumed, or moved to another number of GPUs, and gives the
 reward.json, never from a table looked up by name; masks come from lengths; the defaults are the embedded world's:
 --reward_scale total, --missing_eos_reward -3 (the paper: none, 0) and a critic head that starts at zero.
 """
+import functools
 import math
 import os
-import sys
 import time
 from dataclasses import dataclass, field
 from typing import List, Literal, Optional
@@ -32,11 +32,11 @@ from torch import nn
 from transformers import AutoTokenizer, DynamicCache
 
 from segment import (WORLD, Granularity, LanguageModel, compute_dtype, encode_prompts, fail, is_finished, load_model,
-                     load_prompts, load_tokenizer, map_rows, micro_batches, on_rank0, opt, pad, paint,
-                     prepare_world, rank, read_config, say, segment_texts, sequence_score, setup, start)
+                     load_prompts, load_tokenizer, map_rows, micro_batches, on_rank0, opt, pad, paint, prepare_world,
+                     rank, read_config, say, segment_texts, sequence_score, setup, start)
 from train_rm import (Normalizer, ScalarModel, StopSignal, already_finished, begin_run, export, fingerprint, finish_run,
-                      hardware, learning_rate,                      load_checkpoint, load_function, log_metrics, normalized_token_rewards, oracle_scalars, read_json,
-                      rewards_at_ends, save_checkpoint, spread_rewards)
+                      hardware, learning_rate, load_checkpoint, load_function, log_metrics, normalized_token_rewards,
+                      oracle_scalars, read_json, rewards_at_ends, save_checkpoint, spread_rewards)
 
 
 @dataclass
@@ -46,7 +46,8 @@ class Config:
     reward_model: str = opt("out/rm/model", "an output of train_rm.py, with its reward.json")
     data: str = opt(f"{WORLD}/prompts.jsonl", "prompts (paper: argilla/ultrafeedback-binarized-preferences-cleaned)")
     out: str = opt("out/ppo", "output folder")
-    gold: str = opt("", "file.py:function of (prompt, response), the true reward where it is known: logged, never used")
+    gold: Optional[str] = opt(None, "file.py:function of (prompt, response), the true reward: logged, never used "
+                              "(default: the embedded world's, if --data is)")
     oracle: str = opt("", "file.py:function giving true segment rewards, in place of the reward model's scalars")
     max_samples: int = opt(0, "read at most this many prompts (0: all)")
     # the reward
@@ -231,6 +232,12 @@ def read_reward(cfg, tokenizer):
     return own, use, saved["cutoff"], Normalizer.from_dict(chosen), scale if cfg.reward_scale == "total" else 1.0
 
 
+@functools.lru_cache(maxsize=2)
+def prompt_order(seed, turn, n):
+    """The permutation of n prompts in pass number `turn` over them."""
+    return np.random.default_rng([seed, 0, turn]).permutation(n)
+
+
 def prompt_text(messages):
     return "\n\n".join(m["content"] for m in messages)
 
@@ -252,12 +259,12 @@ def main(cfg):
              f"{cfg.model} is {config.max_position_embeddings}")
     tokenizer, stops = load_tokenizer(cfg.model)
     own, use, cutoff, normalizer, scale = on_rank0(read_reward, cfg, tokenizer)
-    gold, oracle = (load_function(spec, flag) if spec else None
-                    for spec, flag in ((cfg.gold, "--gold"), (cfg.oracle, "--oracle")))
+    gold = cfg.gold if cfg.gold is not None else f"{WORLD}/prepare.py:gold_reward" if cfg.data.startswith(WORLD) else ""
+    gold, oracle = (load_function(f, flag) if f else None for f, flag in ((gold, "--gold"), (cfg.oracle, "--oracle")))
     chats = load_prompts(cfg.data, cfg.max_samples)
     if len(chats) < cfg.rollout_batch_size:
         fail(f"{cfg.data}: {len(chats)} prompts are too few for one rollout of --rollout_batch_size {cfg.rollout_batch_size}")
-    prompts = encode_prompts(tokenizer, chats, cfg.max_prompt_tokens)
+    prompts = encode_prompts(tokenizer, chats, cfg.max_prompt_tokens, cfg.data)
 
     iterations = cfg.max_steps or max(1, cfg.passes * len(prompts) // cfg.rollout_batch_size)
     minibatches = cfg.rollout_batch_size // cfg.batch_size
@@ -297,10 +304,8 @@ def main(cfg):
             for p, q in zip(sampler.buffers(), actor.hf.buffers()):
                 p.copy_(q)
         B, R = cfg.rollout_batch_size, cfg.max_new_tokens
-        drawn = []                                                                          # (B,) rows of the prompt set
-        for k in range(iteration * B, (iteration + 1) * B):
-            turn, position = divmod(k, len(prompts))
-            drawn.append(int(prompt_order(cfg.seed, turn, len(prompts))[position]))
+        drawn = [int(prompt_order(cfg.seed, k // len(prompts), len(prompts))[k % len(prompts)])
+                 for k in range(iteration * B, (iteration + 1) * B)]                        # (B,) rows of the prompt set
         luck = torch.from_numpy(np.stack([np.random.default_rng([cfg.seed, 1, iteration, b]).random(R, dtype=np.float32)
                                           for b in range(B)]))                              # (B, R)
         tokens = torch.zeros(B, R, dtype=torch.long, device=device)                         # (B, R)
@@ -389,8 +394,8 @@ def main(cfg):
         # ----------------------------------------------------------------------------------------------------
         # what happened
         # ----------------------------------------------------------------------------------------------------
+        sums = (sums / (cfg.ppo_epochs * B)).tolist()            # waits for the GPU, so that the clock is right
         done, time_end = iteration + 1, time.time()
-        sums = (sums / (cfg.ppo_epochs * B)).tolist()
         n_tokens, n_ends = int(mask.sum()), int(ends.sum())
         spread = returns[mask].var(correction=0)
         row = {
@@ -429,21 +434,11 @@ def main(cfg):
         if stopping:
             say(f"stopped after step {done}; continue with --resume")
             raise SystemExit(128 + stopping)
+    stop.release()
     if first_iteration == iterations:                 # killed between the last checkpoint and the end of its export
         export(actor, tokenizer, cfg.model, f"{cfg.out}/model", dtype)
     finish_run(cfg)
     say(f"wrote {cfg.out}/model")
-
-
-_orders = {}
-
-
-def prompt_order(seed, turn, n):
-    """The permutation of the prompts in pass number `turn`."""
-    if (seed, turn, n) not in _orders:
-        _orders.clear()
-        _orders[seed, turn, n] = np.random.default_rng([seed, 0, turn]).permutation(n)
-    return _orders[seed, turn, n]
 
 
 if __name__ == "__main__":

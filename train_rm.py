@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, GenerationConfig
 from transformers.utils import cached_file
 
@@ -405,8 +406,11 @@ class StopSignal:
 
     def __init__(self):
         self.signal = 0
-        for s in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(s, self.receive)
+        self.before = {s: signal.signal(s, self.receive) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def release(self):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
 
     def receive(self, number, frame):
         self.signal = number
@@ -570,8 +574,9 @@ def main(cfg):
     # --------------------------------------------------------------------------------------------------------
     def encode(source):
         rows, chats = [], []
-        for prompt, chosen, rejected in load_pairs(source, cfg.max_samples):
-            chats += [(prompt, chosen), (prompt, rejected)]
+        for prompt, chosen, rejected, where in tqdm(load_pairs(source, cfg.max_samples), f"encoding {source}",
+                                                    disable=rank() > 0, leave=False):
+            chats += [(prompt, chosen, where), (prompt, rejected, where)]
             if len(chats) >= 4096:                               # in blocks: text is bulky, token ids are not
                 rows, chats = rows + encode_chats(tokenizer, stops, chats, cfg.max_tokens, cfg.max_prompt_tokens), []
         return rows + encode_chats(tokenizer, stops, chats, cfg.max_tokens, cfg.max_prompt_tokens)
@@ -666,8 +671,8 @@ def main(cfg):
 
         done, seconds = step + 1, time.time() - tick
         row = {"loss": float(sums[0]) / cfg.batch_size, "accuracy": float(sums[1]) / cfg.batch_size,
-               "grad_norm": float(norm), "lr": lr, "skipped": skipped, "time_step": seconds, "tokens_per_second": float(sums[2]) / seconds,
-               **hardware(device, 6 * parameters * float(sums[2]), seconds)}
+               "grad_norm": float(norm), "lr": lr, "skipped": skipped,
+               "time_step": seconds, "tokens_per_second": float(sums[2]) / seconds, **hardware(device, 6 * parameters * float(sums[2]), seconds)}
         if done % cfg.eval_every == 0 or done == steps:
             row["eval_accuracy"] = evaluate(eval_pairs)
         log_metrics(cfg, done, row)
@@ -686,6 +691,7 @@ def main(cfg):
         if stopping:
             say(f"stopped after step {done}; continue with --resume")
             raise SystemExit(128 + stopping)
+    stop.release()
 
     # --------------------------------------------------------------------------------------------------------
     # calibration: the statistics by which PPO normalises, on pairs that were not trained on
