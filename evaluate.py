@@ -14,7 +14,7 @@
 Policy and baseline answer the same prompts, a judge prefers one answer of each pair, and the preferences become a
 win rate. Judges like long answers, so a second figure asks what the win rate would be at equal length (Dubois et
 al. 2024, arXiv 2404.04475): a logistic regression of the outcome on the difference in length, read where it is 0.
-Answers and verdicts are kept, line by line, in OUT: the same command goes on where it was killed, nothing is paid twice.
+Answers and verdicts are kept, line by line, in OUT: a killed run goes on where it was, and nothing is paid twice.
 
 Deviations from alpaca_eval: the length-controlled fit is unpenalised (within 0.12 points of their leaderboard); its
 standard error is the influence function's (theirs is 2-6 times too small); language models judge both orders.
@@ -45,10 +45,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from segment import (WORLD, LanguageModel, compute_dtype, encode_chats, encode_prompts, fail, is_finished, load_model,
-                     load_pairs, load_prompts, load_tokenizer, map_rows, on_rank0, one_line, opt, parse, prepare_world,
-                     rank, read_config, read_rows, say, segment_ends, segment_texts, sequence_score, setup, tokenize)
-from train_rm import ScalarModel, fingerprint, log_metrics, read_json, write_json, write_text
-from train_ppo import generate, load_function, never_sampled, prompt_text
+                     load_pairs, load_prompts, load_tokenizer, map_rows, on_rank0, one_line, opt, prepare_world, rank,
+                     read_config, read_rows, say, segment_ends, segment_texts, sequence_score, setup, start, tokenize)
+from train_rm import ScalarModel, fingerprint, load_function, log_metrics, read_json, write_json, write_text
+from train_ppo import generate, never_sampled, prompt_text
 
 
 def several(default, help):
@@ -61,12 +61,12 @@ class Config:
     model: List[str] = several(["out/ppo/model"], "the policies: models, or files of alpaca_eval outputs")
     baseline: str = opt(f"{WORLD}/sft", "what they are compared with: a model, or a file of alpaca_eval outputs")
     data: str = opt(f"{WORLD}/prompts_test.jsonl", "prompts (columns prompt or instruction); with --pairs preferences")
-    judge: str = opt(f"{WORLD}/prepare.py:gold_reward", "file.py:function of (prompt, response), reward model or chat model")
-    api_base: str = opt("", "--judge is the name of a model at this OpenAI-compatible URL; key: environment OPENAI_API_KEY")
+    judge: str = opt(f"{WORLD}/prepare.py:gold_reward", "file.py:function, a reward model or a chat model")
+    api_base: str = opt("", "OpenAI-compatible URL that has the model --judge; key: OPENAI_API_KEY")
     out: str = opt("out/eval", "output folder")
     pairs: bool = opt(False, "evaluate the judge instead: how often it prefers what --data calls chosen")
     # figures from files
-    annotations: List[str] = several([], "judge nothing: files of alpaca_eval annotations (len_1, len_2 may stand for outputs)")
+    annotations: List[str] = several([], "judge nothing: alpaca_eval annotations, with outputs or len_1, len_2")
     difficulty: str = opt("", "alpaca_eval's instruction difficulties: a JSON list, the i-th belongs to row i")
     gamed: List[str] = several([], "annotations of length-gamed baselines, split by their column variant")
     # sampling
@@ -242,8 +242,9 @@ def ask_function(cfg, pairs):
     """The higher score wins."""
     f = load_function(cfg.judge, "--judge")
     for pair in pairs:
+        prompt, finished = prompt_text(pair["messages"]), pair["finished"]
         try:
-            a, b = (float(f(prompt_text(pair["messages"]), pair[f"output_{k}"], pair["finished"][k - 1])) for k in (1, 2))
+            a, b = (float(f(prompt, pair[f"output_{k}"], finished[k - 1])) for k in (1, 2))
             assert math.isfinite(a + b), f"{a} and {b} are no scores"
         except Exception as e:
             fail(f"--judge {cfg.judge}: {type(e).__name__} for the prompt {pair['instruction'][:60]!r}: {one_line(e)}")
@@ -274,12 +275,13 @@ def open_reward_model(cfg, path, device):
             for source in (saved["sft_model"], cfg.baseline):
                 if os.path.exists(f"{source}/config.json") and fingerprint(source) == saved["sft_fingerprint"]:
                     return source
-            fail(f"{path}: its segments need the SFT model {saved['sft_model']}, which isn't there or has other weights")
+            fail(f"{path}: its segments need {saved['sft_model']}, which isn't there or has other weights by now")
         sft = load_model(on_rank0(find), LanguageModel, device, dtype)
 
     def read(answers, texts=False):
         limit = min(cfg.max_prompt_tokens, context // 2)
-        rows = encode_chats(tokenizer, stops, [a[:2] for a in answers], context, limit)
+        chats = [(messages, response, "an answer") for messages, response, _ in answers]
+        rows = encode_chats(tokenizer, stops, chats, context, limit)
         # where sampling was cut off there was no end-of-turn token
         rows = [(p, r if a[2] or len(r) < 2 or r[-1] not in stops else r[:-1]) for (p, r), a in zip(rows, answers)]
         values = map_rows(model, rows, cfg.micro_tokens, device)[0]                                  # (B, R)
@@ -302,12 +304,13 @@ def ask_chat_model(cfg, pairs, device):
         fail(f"--judge {cfg.judge}: its tokenizer doesn't know the labels A and B")
     for block in blocks(pairs, 64):
         chats = [[{"role": "user", "content": q}] for pair in block for q in questions(pair)]
-        ids = encode_prompts(tokenizer, chats, 10 ** 9)
+        ids = encode_prompts(tokenizer, chats, 10 ** 9, "pairs")
         rows = [(p if len(p) < context else p[:1], label) for p in ids for label in labels]
-        logp = map_rows(model, rows, cfg.micro_tokens, device)[0][:, 0].view(len(block), 2, 2)       # pairs, orders, labels
-        long = np.array([len(p) >= context for p in ids]).reshape(-1, 2).any(1)
-        for pair, (p, q), too_long in zip(block, logp.softmax(-1)[..., 1].tolist(), long):
-            yield pair, {"failed": f"the judge's context is {context}"} if too_long else {"preference": 1 + (p + 1 - q) / 2}
+        logp = map_rows(model, rows, cfg.micro_tokens, device)[0][:, 0].view(-1, 2, 2)     # (pairs, orders, labels)
+        second = logp.softmax(-1)[..., 1].tolist()                                                   # (pairs, orders)
+        for pair, (p, q), lengths in zip(block, second, blocks([len(p) for p in ids], 2)):
+            yield pair, ({"preference": 1 + (p + 1 - q) / 2} if max(lengths) < context else
+                         {"failed": f"longer than the judge's context of {context}"})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -354,7 +357,7 @@ def ask_endpoint(cfg, pairs):
                     lost += e.kind == "network"
                     verdict = {"failed": one_line(e).replace(key or "\0", "***")}
                     if e.kind == "all" or lost >= 10:
-                        fail(f"--api_base: {verdict['failed']}; verdicts so far are kept, the same command goes on from there")
+                        fail(f"--api_base: {verdict['failed']}; verdicts so far are kept, run the same command again")
                 yield asked[done], verdict
         finally:
             over.set()
@@ -366,7 +369,8 @@ def ask(cfg, key, question, logprobs=True):
     body = {"model": cfg.judge, "messages": [{"role": "user", "content": question}], "max_tokens": 8, "temperature": 0}
     body |= {"logprobs": True, "top_logprobs": 5} if logprobs else {}
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    request = urllib.request.Request(f"{cfg.api_base.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+    url = f"{cfg.api_base.rstrip('/')}/chat/completions"
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
         with urllib.request.build_opener(AnyStatus).open(request, timeout=cfg.timeout) as r:
             status, wait, text = r.status, r.headers.get("Retry-After", ""), r.read().decode("utf-8", "replace")
@@ -376,8 +380,9 @@ def ask(cfg, key, question, logprobs=True):
         return ask(cfg, key, question, logprobs=False)
     if status != 200:
         passing = status >= 500 or status in (408, 409, 425, 429)
-        raise Failed("network" if passing else "all" if status in (401, 403, 404) else "pair", f"HTTP {status} {one_line(text)}",
-                     min(60.0, float(wait)) if re.fullmatch(r"\d+(\.\d+)?", wait) else 0.0)
+        kind = "network" if passing else "all" if status in (401, 403, 404) else "pair"
+        seconds = float(wait) if re.fullmatch(r"\d+(\.\d+)?", wait) else 0.0
+        raise Failed(kind, f"HTTP {status} {one_line(text)}", min(60.0, seconds))
     try:
         return read_verdict(json.loads(text)["choices"][0])
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
@@ -454,8 +459,8 @@ class Cache(dict):
                 f.write(json.dumps({"key": key} | row) + "\n")
 
 
-NOT_COMPARED = ("out", "api_base", "workers", "timeout", "tries", "micro_tokens", "generation_batch_size", "show", "html",
-                "reward_model", "wandb", "finished")             # no figure depends on these
+NOT_COMPARED = ("out", "api_base", "workers", "timeout", "tries", "micro_tokens", "generation_batch_size", "show",
+                "html", "reward_model", "wandb")                 # no figure depends on these
 
 
 def begin(cfg, sources):
@@ -463,7 +468,7 @@ def begin(cfg, sources):
     touched: exit code 2. An unfinished one goes on from its caches."""
     path, new = f"{cfg.out}/config.json", asdict(cfg) | {"sources": sources}
     old = read_json(path) if os.path.exists(path) else {}
-    differs = [f"--{k} was {old.get(k)!r}, now {v!r}" for k, v in new.items() if k not in NOT_COMPARED and old.get(k) != v]
+    differs = [f"--{k} was {old.get(k)!r}" for k, v in new.items() if k not in NOT_COMPARED and old.get(k) != v]
     if old and ("judge" not in old or old.get("finished") and differs):
         fail(f"{cfg.out} holds another run ({'; '.join(differs)[:300]}); give another --out")
     if not old.get("finished"):
@@ -480,7 +485,8 @@ def begin(cfg, sources):
 # ------------------------------------------------------------------------------------------------------------
 def conversation(messages):
     """What people and judges read: the prompt, or all turns with their roles."""
-    return messages[0]["content"] if len(messages) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
+    turns = [f"{m['role']}: {m['content']}" for m in messages]
+    return messages[0]["content"] if len(turns) == 1 else "\n\n".join(turns)
 
 
 def name_of(source):
@@ -503,26 +509,28 @@ def read_outputs(source, chats):
 
 
 def answer(cfg, source, chats, side, cache, device):
-    """[(text, finished)] of a model to every prompt. side (0 policies, 1 baseline) keeps their luck apart. A block is one
-    batch on every rank, and then in the cache."""
+    """[(text, finished)] of a model to every prompt. side (0 policies, 1 baseline) keeps their luck apart. A block is
+    one batch on every rank, and then in the cache."""
     (tokenizer, stops), config = load_tokenizer(source), read_config(source)
     R, ranks, dtype = cfg.max_new_tokens, dist.get_world_size(), compute_dtype(cfg.dtype, device)
     if cfg.max_prompt_tokens + R > config.max_position_embeddings:
         fail(f"--max_prompt_tokens {cfg.max_prompt_tokens} + --max_new_tokens {R}: the context of {source} is "
              f"{config.max_position_embeddings}")
-    prompts = encode_prompts(tokenizer, chats, cfg.max_prompt_tokens)
+    prompts = encode_prompts(tokenizer, chats, cfg.max_prompt_tokens, cfg.data)
     settings = [on_rank0(fingerprint, source), str(dtype), R, cfg.temperature, cfg.temperature and [cfg.seed, side]]
     keys = [digest(settings, n, p.tolist()) for n, p in enumerate(prompts)]
     todo = sorted((n for n in range(len(chats)) if keys[n] not in cache), key=lambda n: len(prompts[n]))
     if todo:                                                     # every rank has a whole copy to decode with
         try:
-            hf, info = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+            hf, info = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype,
+                                                            output_loading_info=True)
         except Exception as e:
             fail(f"{source}: the weights cannot be read ({one_line(e)})")
         if info["missing_keys"]:
             fail(f"{source}: weights are missing from the checkpoint, among them {sorted(info['missing_keys'])[0]}")
         hf, banned = hf.to(device).eval(), never_sampled(tokenizer, stops, config.vocab_size).to(device)
-    for block in tqdm(blocks(todo, cfg.generation_batch_size * ranks), source, leave=False, disable=rank() > 0 or not todo):
+    waves = blocks(todo, cfg.generation_batch_size * ranks)
+    for block in tqdm(waves, source, leave=False, disable=rank() > 0 or not todo):
         tokens = torch.zeros(len(block), R, dtype=torch.long, device=device)                         # (b, R)
         lengths = torch.zeros(len(block), dtype=torch.long, device=device)                           # (b,)
         mine = list(range(len(block)))[rank()::ranks]
@@ -581,7 +589,8 @@ def figures(policies, difficulty=None, gamed={}):
                         "shorter": float(np.mean(np.less(b, a))), "longer": float(np.mean(np.greater(b, a)))}
         if "score_2" in rows[0]:
             table[name] |= {k: float(np.mean([r[k] for r in rows if k in r])) for k in ("score_1", "score_2")}
-        keys = [r.get("instruction") or r.get("index", n) for n, r in enumerate(rows)]
+        prompts, seen = [r.get("instruction") or r.get("index", n) for n, r in enumerate(rows)], Counter()
+        keys = [(k, seen.update([k]) or seen[k]) for k in prompts]                          # a prompt may come twice
         by_prompt[name] = dict(zip(keys, zip(outcomes(preferences), influence)))
     table = dict(sorted(table.items(), key=lambda kv: -np.nan_to_num(kv[1]["length_controlled_winrate"], nan=-1)))
     differences = []
@@ -590,30 +599,34 @@ def figures(policies, difficulty=None, gamed={}):
         y, i, z, j = np.array(both, dtype=np.float64).reshape(-1, 4).T                               # (n,) each
         d = (y - z)[~np.isnan(y - z)]
         lc = table[one]["length_controlled_winrate"] - table[other]["length_controlled_winrate"]
-        differences.append({"policy": one, "other": other, "n": len(d), "win_rate": 100 * float(d.mean()) if len(d) else math.nan,
-                            "standard_error": standard_error(d), "length_controlled_winrate": lc,
-                            "lc_standard_error": standard_error(i - j)})
+        differences.append({
+            "policy": one, "other": other, "n": len(d), "win_rate": 100 * float(d.mean()) if len(d) else math.nan,
+            "standard_error": standard_error(d), "length_controlled_winrate": lc,
+            "lc_standard_error": standard_error(i - j)})
     return table, differences
 
 
 def print_figures(table, differences):
     wide, places = max(len("policy"), *map(len, table)), list(table)
-    say(f"\n{'policy':{wide}}       win rate  length-controlled  wins/draws/losses    characters  mean score")
+    rates = lambda r, sign="": (f"{r['win_rate']:{sign}6.2f} +- {r['standard_error']:.2f}   "
+                                f"{r['length_controlled_winrate']:{sign}6.2f} +- {r['lc_standard_error']:.2f}")
+    say(f"\n{'policy':{wide}}    win rate      length-controlled  wins/draws/losses  characters    mean score")
     for name, r in table.items():
-        say(f"{name:{wide}}  {r['win_rate']:5.2f} +- {r['standard_error']:4.2f}      {r['length_controlled_winrate']:5.2f} +- "
-            f"{r['lc_standard_error']:4.2f}  {r['n_wins']:7}/{r['n_draws']}/{r['n_wins_base']:<7}  {r['avg_length']:4} vs "
-            f"{r['avg_length_baseline']:4}  " + (f"{r['score_2']:+.3f} vs {r['score_1']:+.3f}" if "score_2" in r else "-"))
+        counts, score = f"{r['n_wins']}/{r['n_draws']}/{r['n_wins_base']}", "-"
+        if "score_2" in r:
+            score = f"{r['score_2']:+.3f} vs {r['score_1']:+.3f}"
+        say(f"{name:{wide}}  {rates(r)}       {counts:17}  {r['avg_length']} vs {r['avg_length_baseline']}   {score}")
     for d in differences:
         if places.index(d["other"]) == places.index(d["policy"]) + 1:                       # the others: summary.json
-            say(f"{d['policy']} - {d['other']}, paired: {d['win_rate']:+.2f} +- {d['standard_error']:.2f}, length-controlled "
-                f"{d['length_controlled_winrate']:+.2f} +- {d['lc_standard_error']:.2f} (n = {d['n']})")
+            say(f"{d['policy']} - {d['other']}, paired (n = {d['n']}): {rates(d, '+')}")
     for name, r in table.items():
         if math.isnan(r["length_controlled_winrate"]):
             say(f"warning: {name}: length tells wins from losses perfectly, so no length-controlled win rate exists")
         if not 20 <= r["win_rate"] <= 80:
             say(f"warning: {name}: the win rate is outside 20-80 %, the length-controlled one extrapolates")
         if 0 < r["shorter"] + r["longer"] and min(r["shorter"], r["longer"]) < 0.15:
-            say(f"warning: {name}: one side is longer in fewer than 15 % of the pairs, the length-controlled one extrapolates")
+            say(f"warning: {name}: one side is longer in fewer than 15 % of the pairs, the length-controlled win rate "
+                "extrapolates")
 
 
 def report(cfg, policies, segments, failed=()):
@@ -647,20 +660,17 @@ def report(cfg, policies, segments, failed=()):
 
 def pair_accuracy(cfg, pairs, preferences):
     """How often the judge prefers the chosen response: overall, where it is the shorter or the longer, by subset."""
-    text = lambda value: value if isinstance(value, str) else value[-1]["content"]
-    rows = (row for _, row in read_rows(cfg.data, cfg.max_samples))
-    subset = {(text(row["rejected"]), text(row["chosen"])): row.get("subset") for row in rows}
+    subset = {f"{cfg.data} row {n}": row.get("subset") for n, row in read_rows(cfg.data, cfg.max_samples)}
     groups, table = {}, {}
     for pair, p in zip(pairs, preferences):
-        rejected, chosen = pair["output_1"], pair["output_2"]
-        length = ("same length", "chosen is longer", "chosen is shorter")[np.sign(len(chosen) - len(rejected))]
-        for group in ("all", length, subset.get((rejected, chosen))):
+        longer = np.sign(len(pair["output_2"]) - len(pair["output_1"]))                     # chosen against rejected
+        for group in ("all", ("same length", "chosen is longer", "chosen is shorter")[longer], subset[pair["where"]]):
             if group is not None and p is not None:
                 groups.setdefault(str(group), []).append(0.5 if p == 1.5 else float(p > 1.5))
     for group, right in groups.items():
         low, high = wilson(sum(right), len(right))
         table[group] = {"accuracy": 100 * sum(right) / len(right), "low": low, "high": high, "n": len(right)}
-        say(f"{group:20} accuracy {table[group]['accuracy']:6.2f} %, 95 % interval {low:.2f} to {high:.2f}, {len(right)} pairs")
+        say(f"{group:20} {100 * np.mean(right):6.2f} % right (95 % interval {low:.2f} to {high:.2f}), n = {len(right)}")
     write_json(f"{cfg.out}/pairs.json", table)
 
 
@@ -685,8 +695,8 @@ small, sub { color: var(--dim) } .best small { font-weight: 600; color: var(--in
 
 
 def page(cfg, table, differences, policies, segments):
-    """One self-contained page with 100 pairs a policy. policies: {name: rows}; segments: {(name, row): [(text, reward)]}
-    of the policy's answer. Whatever comes from outside is escaped."""
+    """One self-contained page with 100 pairs a policy. policies: {name: rows}; segments: {(name, row): [(text,
+    reward)]} of the policy's answer. Whatever comes from outside is escaped."""
     e = lambda x: html.escape(str(x))
     cells = lambda tag, *values: "<tr>" + "".join(f"<{tag}>{e(v)}</{tag}>" for v in values) + "</tr>"
     rates = lambda r: ["-" if math.isnan(r[a]) else f"{r[a]:.2f} ± {r[b]:.2f}" for a, b in (
@@ -702,26 +712,26 @@ def page(cfg, table, differences, policies, segments):
     note = "" if cfg.annotations else f"judge: {e(cfg.judge)}; "
     note += "± one standard error" + (f"; behind each segment its reward, red {middle - far:.2f} to green "
                                       f"{middle + far:.2f}" if segments else "")
-    body = ['<div class="wide"><table>', cells("th", "policy", "win rate %", "at equal length %", "wins", "draws", "losses",
-                                               "characters", "baseline's")]
-    for name, r in table.items():
-        body.append(cells("td", name, *rates(r), *(r[c] for c in ("n_wins", "n_draws", "n_wins_base", "avg_length",
-                                                                  "avg_length_baseline"))))
+    body = ['<div class="wide"><table>', cells("th", "policy", "win rate %", "at equal length %", "wins", "draws",
+                                               "losses", "characters", "baseline's")]
+    shown = ("n_wins", "n_draws", "n_wins_base", "avg_length", "avg_length_baseline")
+    body += [cells("td", name, *rates(r), *(r[column] for column in shown)) for name, r in table.items()]
     body += [cells("td", f"{d['policy']} - {d['other']}", *rates(d), *[""] * 5) for d in differences]
     body.append(f"</table></div><p><small>{note}</small></p>")
     for name in table:
-        body.append(f"<h2>{e(name)}</h2><p><small>{min(100, len(policies[name]))} of {len(policies[name])} pairs</small></p>")
-        for n, row in enumerate(policies[name][:100]):
+        rows = policies[name]
+        body.append(f"<h2>{e(name)}</h2><p><small>{min(100, len(rows))} of {len(rows)} pairs</small></p>")
+        for n, row in enumerate(rows[:100]):
             p, sides = row["preference"], ""
             winner = 0 if p in (None, 1.5) else 1 + (p > 1.5)
-            verdict = f"{row.get(f'generator_{winner}')} is better" if winner else "not judged" if p is None else "a draw"
+            verdict = f"{row.get(f'generator_{winner}')} is better" if winner else "not judged" if p is None else "draw"
             for k in (1, 2):
                 score = f", score {row[f'score_{k}']:+.3f}" if f"score_{k}" in row else ""
                 text = "".join(shade(*s) for s in segments.get((name, n), ()) if k == 2) or e(row[f"output_{k}"])
                 sides += (f'<section{" class=best" if k == winner else ""}><small>{e(row.get(f"generator_{k}"))}, '
                           f'{row[f"len_{k}"]} characters{score}</small><div class="text">{text}</div></section>')
-            body.append(f'<article><header><div class="text">{e(row.get("instruction"))}</div><small>{n + 1}. preference '
-                        f'{e(p)}: {e(verdict)}</small></header><div class="sides">{sides}</div></article>')
+            body.append(f'<article><header><div class="text">{e(row.get("instruction"))}</div><small>{n + 1}. '
+                        f'{e(verdict)} ({e(p)})</small></header><div class="sides">{sides}</div></article>')
     return (f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>evaluation</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -733,7 +743,7 @@ def page(cfg, table, differences, policies, segments):
 # The run
 # ============================================================================================================
 def main(cfg):
-    for name, low in (("temperature", 0), ("workers", 1), ("tries", 1), ("generation_batch_size", 1), ("timeout", 0.001)):
+    for name, low in (("temperature", 0), ("workers", 1), ("tries", 1), ("timeout", .01), ("generation_batch_size", 1)):
         if getattr(cfg, name) < low:
             fail(f"--{name} {getattr(cfg, name)}: must be at least {low}")
     device = setup()
@@ -743,7 +753,7 @@ def main(cfg):
     prepare_world(*sources, cfg.data)
     url = urllib.parse.urlsplit(cfg.api_base)
     if cfg.api_base and (cfg.judge == Config.judge or url.scheme not in ("http", "https") or "@" in url.netloc):
-        fail("--api_base takes http(s)://host/v1 (the key comes from OPENAI_API_KEY), --judge the name of a model there")
+        fail("--api_base takes http(s)://host/v1, --judge the name of a model there; the key comes from OPENAI_API_KEY")
     judge = open_judge(cfg, device)
     used = sources + [cfg.data] * os.path.isfile(cfg.data)
     finished = on_rank0(lambda: begin(cfg, {"judge": judge.id} | {s: content_id(s) for s in used}))
@@ -758,7 +768,8 @@ def main(cfg):
                 "finished": finished}
 
     if cfg.pairs:
-        pairs = {"": [pair(prompt, rejected, chosen) for prompt, chosen, rejected in load_pairs(cfg.data, cfg.max_samples)]}
+        pairs = {"": [pair(messages, rejected, chosen) | {"where": where}
+                      for messages, chosen, rejected, where in load_pairs(cfg.data, cfg.max_samples)]}
     else:
         names, base = [name_of(s) for s in cfg.model], name_of(cfg.baseline)
         if len(set(names)) < len(names):                         # out/a/sft and out/b/sft
@@ -817,8 +828,9 @@ def main(cfg):
         pair_accuracy(cfg, pairs[""], [cache.get(row["key"], {}).get("preference") for row in pairs[""]])
     else:
         write_json(f"{cfg.out}/annotations.json", [
-            {"instruction": row["instruction"], "output_1": row["output_1"], "generator_1": base, "output_2": row["output_2"],
-             "generator_2": name, "annotator": cfg.judge, "preference": None} | cache.get(row["key"], {})
+            {"instruction": row["instruction"], "output_1": row["output_1"], "generator_1": base,
+             "output_2": row["output_2"], "generator_2": name, "annotator": cfg.judge, "preference": None}
+            | cache.get(row["key"], {})
             for name in names for row in pairs[name]])
         policies = read_annotations([f"{cfg.out}/annotations.json"])
         for row in policies[names[0]][:cfg.show]:
@@ -832,4 +844,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    start(main, Config)

@@ -21,6 +21,7 @@ Deviations from the authors' code: one vectorised segmentation instead of three 
 integers and never searched for by a pad or EOS id; special tokens typed in a message stay ordinary text.
 """
 import errno
+import functools
 import gzip
 import json
 import math
@@ -55,7 +56,7 @@ def opt(default, help):
 @dataclass
 class Config:
     model: str = opt(f"{WORLD}/sft", "the SFT chat model: a folder or a hub id")
-    data: str = opt(f"{WORLD}/pairs_test.jsonl", "preferences: hub id (name or name:split), .json(l)(.gz), .parquet, folder")
+    data: str = opt(f"{WORLD}/pairs_test.jsonl", "preferences: hub id (or name:split), .json(l)(.gz), .parquet, folder")
     cutoff: float = opt(1.0, "nats; a segment ends where the entropy after a token is above it (paper: 1.75-2.0)")
     granularity: Granularity = opt("segment", "what to show")
     target_length: float = opt(0.0, "also print the cutoff that gives segments of this many tokens")
@@ -227,7 +228,7 @@ def start(main, Config):
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        fail(f"{e.filename or 'writing'}: {e.strerror}; an earlier checkpoint is untouched, continue from it with --resume")
+        fail(f"{e.filename or 'writing'}: {e.strerror}; an earlier checkpoint is untouched, continue with --resume")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -511,7 +512,7 @@ def load_tokenizer(path):
     except Exception as e:
         fail(f"{path}: no tokenizer there ({one_line(e)})")
     if not tokenizer.chat_template:
-        fail(f"{path}: the tokenizer has no chat template; use a chat model, or set tokenizer.chat_template and save it")
+        fail(f"{path}: no chat template; use a chat model, or set tokenizer.chat_template and save the tokenizer")
     try:
         eos = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:
@@ -520,13 +521,19 @@ def load_tokenizer(path):
     return tokenizer, torch.tensor(sorted(stops - {None}))
 
 
+@functools.cache
+def special_pattern(tokenizer):
+    specials = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and len(t.content) > 1]
+    return re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+
+
 def render(tokenizer, messages, where, **kwargs):
     """Messages -> text by the chat template. A special token typed by a person gets an invisible character after
     its first letter, so that it stays text: it must neither end a turn nor start one."""
-    specials = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special and len(t.content) > 1]
-    if specials:
-        typed = re.compile("|".join(specials))
-        messages = [{**m, "content": typed.sub(lambda s: s[0][0] + "\u200b" + s[0][1:], m["content"])} for m in messages]
+    def defuse(text):
+        return special_pattern(tokenizer).sub(lambda s: s[0][0] + "\u200b" + s[0][1:], text)
+
+    messages = [{**m, "content": defuse(m["content"])} for m in messages]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
     except Exception as e:
@@ -534,7 +541,8 @@ def render(tokenizer, messages, where, **kwargs):
 
 
 def tokenize(tokenizer, texts):
-    return [np.array(x, dtype=np.int32) for x in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    return [np.array(x, dtype=np.int32) for x in ids]
 
 
 def encode_prompts(tokenizer, prompts, max_tokens, source="prompts"):
@@ -634,14 +642,16 @@ def main(cfg):
         scores = map_rows(scalar, rows[:cfg.show], cfg.micro_tokens, device)[0]                  # (show, R)
     for b, (prompt, *_) in enumerate(chats[:cfg.show]):
         pieces = segment_texts(tokenizer, rows[b][1], ends[b].cpu())
-        say(f"\nuser: {prompt[-1]['content'].strip()}\n{paint(pieces, scores[b, ends[b]].tolist() if cfg.reward_model else None)}")
+        say(f"\nuser: {prompt[-1]['content'].strip()}")
+        say(paint(pieces, scores[b, ends[b, :scores.shape[1]]].tolist() if cfg.reward_model else None))
 
     # A segment ends at every high entropy plus once per response, so a target length fixes how many entropies
     # must lie above the cutoff: it is simply an order statistic.
     content = segment_ends(entropy, mask, finished, 0, "token")                                  # (B, R)
     last = segment_ends(entropy, mask, finished, math.inf, "segment")
     inner, tokens = entropy[content & ~last].sort(descending=True).values, int(content.sum())    # (N,)
-    say(f"\n{len(rows)} responses, {tokens / len(rows):.1f} tokens each\ncutoff  segments per response  tokens per segment")
+    say(f"\n{len(rows)} responses, {tokens / len(rows):.1f} tokens each")
+    say("cutoff  segments per response  tokens per segment")
     for cutoff in sorted({.5, .75, 1., 1.25, 1.5, 1.75, 2., 2.5, 3., cfg.cutoff}):
         n = int(segment_ends(entropy, mask, finished, cutoff, "segment").sum())
         say(f"{cutoff:6.2f}  {n / len(rows):21.2f}  {tokens / n:18.2f}")

@@ -13,9 +13,9 @@ One iteration, section 2.4 of the paper:
                    penalty per token; GAE; whitened
     4. update      clipped policy and value losses, minibatch by minibatch
 
-Deviations from the authors' code: prompts are drawn once and sampling is a function of (seed, iteration, row), so that a
-run can be killed and resumed, or moved to another number of GPUs, and gives the same numbers; statistics come from
-reward.json, never from a table looked up by name; masks come from lengths; the defaults are the embedded world's:
+Deviations from the authors' code: every random draw is a function of (seed, iteration, row), so that a run can be
+killed and resumed, or moved to another number of GPUs, and gives the same numbers; statistics come from reward.json,
+never from a table looked up by name; masks come from lengths; some defaults are the embedded world's, not the paper's:
 --reward_scale total, --missing_eos_reward -3 (the paper: none, 0) and a critic head that starts at zero.
 """
 import functools
@@ -42,7 +42,7 @@ from train_rm import (Normalizer, ScalarModel, StopSignal, already_finished, beg
 @dataclass
 class Config:
     # what to train on what
-    model: str = opt(f"{WORLD}/sft", "the SFT model: policy, reference, entropies and (by default) critic start from it")
+    model: str = opt(f"{WORLD}/sft", "the SFT model: start of policy and critic, reference, source of entropies")
     reward_model: str = opt("out/rm/model", "an output of train_rm.py, with its reward.json")
     data: str = opt(f"{WORLD}/prompts.jsonl", "prompts (paper: argilla/ultrafeedback-binarized-preferences-cleaned)")
     out: str = opt("out/ppo", "output folder")
@@ -53,15 +53,15 @@ class Config:
     # the reward
     granularity: Optional[Granularity] = opt(None, "how PPO uses the reward (default: as the reward model was trained)")
     cutoff: Optional[float] = opt(None, "nats (default: the reward model's own)")
-    normalizer: Literal["location", "global", "last", "none"] = opt("location", "statistics that rewards are normalised by")
+    normalizer: Literal["location", "global", "last", "none"] = opt("location", "statistics to normalise rewards by")
     interpolation: Literal["even", "repeat", "end"] = opt("even", "how a segment's reward is given to its tokens")
     reward_scale: Literal["total", "none"] = opt("total", "divide by the deviation of a response's total (paper: none)")
     fit: List[float] = field(default_factory=list, metadata={
         "help": "published w_mean w_std b_mean b_std instead of reward.json; then give --granularity and --cutoff too"})
     kl_coef: float = opt(0.03, "price of a nat away from the SFT model (paper: 0.01 with --reward_scale none)")
     missing_eos_reward: float = opt(-3.0, "added at the last token of an unfinished response (paper: 0)")
-    divide_by_length: bool = opt(False, "rewards divided by the response's length (paper: token rewards of Llama-3-SFT)")
-    bad_length: int = opt(0, "longer or unfinished responses get --bad_length_reward instead (paper: 800 for Llama-3.1; 0: off)")
+    divide_by_length: bool = opt(False, "divide rewards by the response's length (paper: Llama-3-SFT, token)")
+    bad_length: int = opt(0, "longer or unfinished responses get --bad_length_reward (Llama-3.1: 800; 0: off)")
     bad_length_reward: float = opt(-0.05, "at every token")
     # sampling
     rollout_batch_size: int = opt(64, "responses an iteration, over all GPUs (paper: 1024)")
@@ -75,7 +75,7 @@ class Config:
     ppo_epochs: int = opt(1, "passes over each rollout")
     actor_lr: float = opt(3e-4, "peak (paper: 5e-7)")
     critic_lr: float = opt(1e-3, "peak (paper: 9e-6)")
-    critic_init: Literal["sft", "reward_model"] = opt("sft", "where the critic starts; from sft its head starts at zero")
+    critic_init: Literal["sft", "reward_model"] = opt("sft", "where the critic starts; from sft, its head at zero")
     critic_warmup: int = opt(0, "first iterations that train the critic alone")
     gamma: float = opt(1.0, "discount")
     lam: float = opt(0.95, "GAE's lambda")
@@ -85,8 +85,8 @@ class Config:
     clip_norm: float = opt(1.0, "gradient norms are clipped to this")
     seed: int = opt(0, "of prompts, samples and minibatches")
     # hardware
-    dtype: Literal["auto", "bf16", "fp32"] = opt("auto", "compute in: bf16 on CUDA, fp32 on CPU; master weights are fp32")
-    micro_tokens: int = opt(16384, "tokens in one forward pass on one GPU, padding included; lower it when memory runs out")
+    dtype: Literal["auto", "bf16", "fp32"] = opt("auto", "to compute in: bf16 on CUDA, fp32 on CPU (masters are fp32)")
+    micro_tokens: int = opt(16384, "tokens in a GPU's forward pass, padding included; lower it when memory runs out")
     grad_checkpoint: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
     # bookkeeping
     sample_every: int = opt(5, "iterations between printed samples")
@@ -219,9 +219,9 @@ def read_reward(cfg, tokenizer):
     else:
         saved = read_json(path)
         if saved["sft_fingerprint"] != fingerprint(cfg.model):
-            fail(f"{path} was made for another SFT model ({saved['sft_model']}) than {cfg.model}; make one with: {how_to}")
+            fail(f"{path} was made for another SFT model ({saved['sft_model']}) than {cfg.model}; anew: {how_to}")
         if cfg.cutoff is not None and cfg.cutoff != saved["cutoff"]:
-            fail(f"{path} was made for cutoff {saved['cutoff']}, not {cfg.cutoff}; make one with: {how_to} --cutoff {cfg.cutoff}")
+            fail(f"{path} was made for cutoff {saved['cutoff']}; anew: {how_to} --cutoff {cfg.cutoff}")
     own, use = saved["granularity"], cfg.granularity or saved["granularity"]
     if cfg.fit:
         if len(cfg.fit) != 4 or not cfg.fit[3] > 0 or cfg.reward_scale != "none":
@@ -263,16 +263,16 @@ def main(cfg):
     gold, oracle = (load_function(f, flag) if f else None for f, flag in ((gold, "--gold"), (cfg.oracle, "--oracle")))
     chats = load_prompts(cfg.data, cfg.max_samples)
     if len(chats) < cfg.rollout_batch_size:
-        fail(f"{cfg.data}: {len(chats)} prompts are too few for one rollout of --rollout_batch_size {cfg.rollout_batch_size}")
+        fail(f"{cfg.data}: {len(chats)} prompts do not fill one --rollout_batch_size {cfg.rollout_batch_size}")
     prompts = encode_prompts(tokenizer, chats, cfg.max_prompt_tokens, cfg.data)
 
     iterations = cfg.max_steps or max(1, cfg.passes * len(prompts) // cfg.rollout_batch_size)
     minibatches = cfg.rollout_batch_size // cfg.batch_size
     optimizer_steps = iterations * cfg.ppo_epochs * minibatches
     first_iteration = begin_run(cfg)
-    say(f"{iterations} iterations x {cfg.rollout_batch_size} responses on {ranks} x {device.type} = {cfg.ppo_epochs} epochs x "
-        f"{minibatches} minibatches x {cfg.batch_size} responses; {own} reward model used as {use}, cutoff {cutoff}, "
-        f"{cfg.normalizer} normaliser, scale {scale:.3g}")
+    say(f"{iterations} iterations x {cfg.rollout_batch_size} responses on {ranks} x {device.type}, each "
+        f"{cfg.ppo_epochs} epochs x {minibatches} minibatches x {cfg.batch_size} responses\n"
+        f"{own} reward model used as {use}, cutoff {cutoff}, {cfg.normalizer} normaliser, scale {scale:.3g}")
 
     # Four models, sharded over the ranks, and a plain copy of the actor to sample from: decoding on shards would
     # gather every layer for every token.
@@ -305,7 +305,7 @@ def main(cfg):
                 p.copy_(q)
         B, R = cfg.rollout_batch_size, cfg.max_new_tokens
         drawn = [int(prompt_order(cfg.seed, k // len(prompts), len(prompts))[k % len(prompts)])
-                 for k in range(iteration * B, (iteration + 1) * B)]                        # (B,) rows of the prompt set
+                 for k in range(iteration * B, (iteration + 1) * B)]                        # (B,) rows of --data
         luck = torch.from_numpy(np.stack([np.random.default_rng([cfg.seed, 1, iteration, b]).random(R, dtype=np.float32)
                                           for b in range(B)]))                              # (B, R)
         tokens = torch.zeros(B, R, dtype=torch.long, device=device)                         # (B, R)
@@ -337,8 +337,8 @@ def main(cfg):
         # ----------------------------------------------------------------------------------------------------
         # 3. advantages: how much better was each token than the critic expected?
         # ----------------------------------------------------------------------------------------------------
-        # A bandit's reward sits at the last token whatever the interpolation: its one segment is the whole response.
-        dense = normalized_token_rewards(rewards, ends, mask, normalizer, "end" if use == "bandit" else cfg.interpolation, scale)
+        how = "end" if use == "bandit" else cfg.interpolation         # a bandit's reward always sits at the last token
+        dense = normalized_token_rewards(rewards, ends, mask, normalizer, how, scale)       # (B, R)
         if cfg.divide_by_length:
             dense = dense / lengths[:, None]
         last = torch.arange(R, device=device) == lengths[:, None] - 1                       # (B, R)
@@ -346,7 +346,7 @@ def main(cfg):
         if cfg.bad_length:
             bad = ~finished | (lengths > cfg.bad_length)                                    # (B,)
             dense = torch.where(bad[:, None] & mask, cfg.bad_length_reward, dense)
-        kl = (logprobs - ref_logprobs) * mask                                               # (B, R) keeps us near the SFT model
+        kl = (logprobs - ref_logprobs) * mask                                               # (B, R) stay near SFT
         advantages, returns = gae(dense - cfg.kl_coef * kl, values, mask, cfg.gamma, cfg.lam)
         advantages = whiten(advantages, mask)
 
@@ -355,7 +355,8 @@ def main(cfg):
         # ----------------------------------------------------------------------------------------------------
         time_train = time.time()
         row_lengths = [len(p) + len(r) for p, r in rows]
-        sums, norms, first_ratio = torch.zeros(4, device=device), torch.zeros(2, device=device), torch.ones((), device=device)
+        sums, norms = torch.zeros(3, device=device), torch.zeros(2, device=device)
+        first_ratio = torch.ones((), device=device)                                         # worst at update 0
         for update in range(cfg.ppo_epochs * minibatches):
             epoch, position = divmod(update, minibatches)
             shuffled = np.random.default_rng([cfg.seed, 2, iteration, epoch]).permutation(B)
@@ -366,20 +367,20 @@ def main(cfg):
                 # FSDP averages gradients over ranks: a micro-batch weighs (its responses / the minibatch's) x ranks
                 weight = ranks / cfg.batch_size if micro else 0.0
                 batch, r = pad([rows[b] for b in i], device), int(lengths[i].max())
-                new_logprobs, new_entropy, _ = actor(*batch)                                # (b, r)
-                m = mask[i, :r]
-                losses, ratio = policy_loss(new_logprobs, logprobs[i, :r], advantages[i, :r], m, cfg.clip)   # (b,), (b, r)
+                m, new_logprobs = mask[i, :r], actor(*batch)[0]                             # (b, r)
+                losses, ratio = policy_loss(new_logprobs, logprobs[i, :r], advantages[i, :r], m, cfg.clip)   # (b,)
                 (losses.sum() * weight).backward()
                 new_values = critic(*batch)[0]                                              # (b, r)
                 v_losses = value_loss(new_values, values[i, :r], returns[i, :r], m, cfg.value_clip)          # (b,)
                 (v_losses.sum() * weight).backward()
                 if micro:
                     clipped = mean_tokens(((ratio - 1).abs() > cfg.clip).float(), m)
-                    sums += torch.stack([x.detach().sum() for x in (losses, v_losses, clipped, mean_tokens(new_entropy, m))])
+                    sums += torch.stack([x.detach().sum() for x in (losses, v_losses, clipped)])
                     if update == 0:
                         first_ratio = torch.maximum(first_ratio, ((ratio.detach() - 1).abs() * m).max() + 1)
             rate = learning_rate(iteration * cfg.ppo_epochs * minibatches + update, optimizer_steps, cfg.warmup)
-            norm = torch.stack([nn.utils.clip_grad_norm_(m.parameters(), cfg.clip_norm).full_tensor() for m in (actor, critic)])
+            norm = torch.stack([nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm).full_tensor()
+                                for model in (actor, critic)])
             skipped = 0 if torch.isfinite(norm).all() else skipped + 1      # a step that is not finite changes nothing
             norms += norm
             for model, peak, first in ((actor, cfg.actor_lr, cfg.critic_warmup), (critic, cfg.critic_lr, 0)):
@@ -401,26 +402,29 @@ def main(cfg):
         row = {
             "reward": float(sequence_score(rewards, ends).mean()), "reward_total": float(dense.sum(1).mean()),
             "kl": float(kl.sum(1).mean()), "kl_per_token": float(kl.sum() / n_tokens),
-            "entropy": float(policy_entropy.sum() / n_tokens), "response_length": n_tokens / B, "response_tokens": n_tokens,
-            "segment_length": n_tokens / max(1, n_ends), "finished": float(finished.float().mean()),
-            "policy_loss": sums[0], "value_loss": sums[1], "clip_fraction": sums[2], "entropy_update": sums[3],
-            "first_ratio": float(first_ratio), "sampler_gap": float(((logprobs - sampled_logprobs[:, :R]).abs() * mask).max()),
-            "explained_variance": float(1 - ((returns - values)[mask]).var(correction=0) / spread) if spread > 0 else 0.0,
+            "entropy": float(policy_entropy.sum() / n_tokens), "finished": float(finished.float().mean()),
+            "response_length": n_tokens / B, "response_tokens": n_tokens, "segment_length": n_tokens / max(1, n_ends),
+            "policy_loss": sums[0], "value_loss": sums[1], "clip_fraction": sums[2], "first_ratio": float(first_ratio),
+            "sampler_gap": float(((logprobs - sampled_logprobs[:, :R]).abs() * mask).max()),
+            "explained_variance": float(1 - (returns - values)[mask].var(correction=0) / spread) if spread > 0 else 0.0,
             "actor_grad_norm": float(norms[0]) / (cfg.ppo_epochs * minibatches),
             "critic_grad_norm": float(norms[1]) / (cfg.ppo_epochs * minibatches), "lr": cfg.actor_lr * rate,
-            "time_generate": time_score - time_start, "time_score": time_train - time_score, "time_train": time_end - time_train,
-            "tokens_per_second": sum(row_lengths) / (time_end - time_start), "skipped": skipped,
+            "skipped": skipped, "tokens_per_second": sum(row_lengths) / (time_end - time_start),
+            "time_generate": time_score - time_start, "time_score": time_train - time_score,
+            "time_train": time_end - time_train,
             **hardware(device, 6 * parameters * sum(row_lengths) * cfg.ppo_epochs, time_end - time_train),
         }
         texts = [tokenizer.decode(r, skip_special_tokens=True) for _, r in rows]
         if gold:
-            row["gold"] = float(np.mean([gold(prompt_text(chats[d]), t, bool(f)) for d, t, f in zip(drawn, texts, finished)]))
+            row["gold"] = float(np.mean([gold(prompt_text(chats[d]), text, bool(done))
+                                         for d, text, done in zip(drawn, texts, finished)]))
         log_metrics(cfg, done, row)
         eta = (time.time() - began) / (done - first_iteration) * (iterations - done)
         say(f"step {done}/{iterations} | reward {row['reward']:+.3f}" + (f" | gold {row['gold']:+.3f}" if gold else "")
             + f" | kl {row['kl']:.2f} | length {row['response_length']:.0f} | finished {row['finished']:.2f} | "
-            f"clip {row['clip_fraction']:.3f} | ev {row['explained_variance']:+.2f} | {row['tokens_per_second']:,.0f} tokens/s "
-            f"(generate {row['time_generate']:.1f} s, score {row['time_score']:.1f}, train {row['time_train']:.1f}) | {eta:.0f} s left")
+            f"clip {row['clip_fraction']:.3f} | ev {row['explained_variance']:+.2f} | "
+            f"{row['tokens_per_second']:,.0f} tokens/s (generate {row['time_generate']:.1f} s, "
+            f"score {row['time_score']:.1f}, train {row['time_train']:.1f}) | {eta:.0f} s left")
         if done % cfg.sample_every == 0 or done == iterations:
             pieces = segment_texts(tokenizer, rows[0][1], ends[0].cpu())
             say(f"  user: {chats[drawn[0]][-1]['content']}\n  {paint(pieces, rewards[0, ends[0]].tolist())}")

@@ -61,7 +61,7 @@ class Config:
     data: str = opt(f"{WORLD}/pairs.jsonl", "preferences (paper: hendrydong/preference_700K)")
     eval_data: str = opt(f"{WORLD}/pairs_test.jsonl", "held-out preferences; '' splits them off --data")
     out: str = opt("out/rm", "output folder")
-    granularity: Granularity = opt("segment", "what gets a reward: segment (the method), token, bandit (whole response)")
+    granularity: Granularity = opt("segment", "what gets a reward: a segment (the method), token or response (bandit)")
     cutoff: float = opt(1.0, "nats; python segment.py helps to choose (paper: Phi-3 1.75, Llama-3 2.0)")
     max_samples: int = opt(0, "read at most this many pairs (0: all)")
     max_tokens: int = opt(256, "prompt + response (paper: 2048)")
@@ -75,8 +75,8 @@ class Config:
     clip_norm: float = opt(1.0, "gradient norm is clipped to this")
     seed: int = opt(0, "of the split, the order and the head")
     # hardware
-    dtype: Literal["auto", "bf16", "fp32"] = opt("auto", "compute in: bf16 on CUDA, fp32 on CPU; master weights are fp32")
-    micro_tokens: int = opt(16384, "tokens in one forward pass on one GPU, padding included; lower it when memory runs out")
+    dtype: Literal["auto", "bf16", "fp32"] = opt("auto", "to compute in: bf16 on CUDA, fp32 on CPU (masters are fp32)")
+    micro_tokens: int = opt(16384, "tokens in a GPU's forward pass, padding included; lower it when memory runs out")
     grad_checkpoint: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
     # bookkeeping
     eval_every: int = opt(50, "steps between evaluations")
@@ -85,7 +85,7 @@ class Config:
     cache: str = opt("out/cache", "SFT entropies, shared by all runs")
     calibrate_only: bool = opt(False, "make reward.json for a trained reward model, train nothing")
     reward_model: str = opt("", "with --calibrate_only: the reward model (default: OUT/model)")
-    oracle: str = opt("", "with --calibrate_only: file.py:function of (prompt, response) that gives true segment rewards")
+    oracle: str = opt("", "with --calibrate_only: file.py:function of (prompt, response) -> true rewards")
     wandb: str = opt("", "log to this wandb project too")
 
 
@@ -254,7 +254,8 @@ def calibrate(batches, cutoff, own):
             totals = {how: torch.cat([normalized_token_rewards(
                 *rewards_at_ends(values, entropy, mask, finished, cutoff, own, use), mask, fit, how).sum(1).cpu()
                 for values, entropy, mask, finished in batches()]) for how in INTERPOLATIONS}
-            statistics[use][name] = fit.to_dict() | {"scale": {h: float(t.std(correction=0)) for h, t in totals.items()}}
+            scale = {how: float(total.std(correction=0)) for how, total in totals.items()}
+            statistics[use][name] = fit.to_dict() | {"scale": scale}
     return statistics
 
 
@@ -302,7 +303,8 @@ def _already_finished(cfg):
         return False
     old = read_json(path)
     state = "a finished run" if old.get("finished") else "an unfinished run"
-    if differs := [f"--{k} was {old.get(k)!r}, now {v!r}" for k, v in new.items() if k not in NOT_COMPARED and old.get(k) != v]:
+    if differs := [f"--{k} was {old.get(k)!r}, now {v!r}" for k, v in new.items()
+                   if k not in NOT_COMPARED and old.get(k) != v]:
         fail(f"{cfg.out} holds {state} with another config ({'; '.join(differs)}); give another --out")
     if old.get("finished"):
         say(f"{cfg.out}: already finished, nothing to do (delete the folder to run again)")
@@ -326,8 +328,8 @@ def _begin_run(cfg):
     if not os.path.exists(f"{cfg.out}/config.json"):
         write_json(f"{cfg.out}/config.json", asdict(cfg))
         return 0
-    folder = f"{cfg.out}/checkpoint"
-    step = max((int(name[5:]) for name in (os.listdir(folder) if os.path.exists(folder) else ()) if name[5:].isdigit()), default=0)
+    saved = os.listdir(f"{cfg.out}/checkpoint") if os.path.exists(f"{cfg.out}/checkpoint") else []
+    step = max((int(name[5:]) for name in saved if name[5:].isdigit()), default=0)      # step_N.tmp is half a save
     say(f"{cfg.out}: " + (f"resuming after step {step}" if step else "no checkpoint yet, starting afresh"))
     if os.path.exists(path := f"{cfg.out}/metrics.jsonl"):        # what came after the checkpoint will come again
         with open(path, encoding="utf-8") as f:
@@ -431,8 +433,9 @@ def training_state(pairs):
     state = {}
     for name, (model, optimizer) in pairs.items():
         for key, p in model.named_parameters():
-            if not optimizer.state[p]:                            # AdamW makes these at its first step; we load into them
-                optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            if not optimizer.state[p]:                            # AdamW makes them at its first step; we load earlier
+                optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
+                                      "exp_avg_sq": torch.zeros_like(p)}
             state[f"{name}.{key}"] = p.detach()
             state |= {f"{name}.{key}.{slot}": t for slot, t in optimizer.state[p].items()}
     return state
@@ -445,7 +448,7 @@ def save_checkpoint(cfg, step, pairs):
     try:
         dcp.save(training_state(pairs), storage_writer=HuggingFaceStorageWriter(folder + ".tmp", save_distributed=True))
     except Exception as e:                                        # most often a full disk
-        fail(f"{folder}: could not be saved ({one_line(e)}); an earlier checkpoint is untouched, continue with --resume")
+        fail(f"{folder}: could not be saved ({one_line(e)}); an earlier one is untouched, continue with --resume")
     dist.barrier()
     if rank() == 0:
         os.replace(folder + ".tmp", folder)
@@ -471,7 +474,8 @@ def export(model, tokenizer, source, folder, dtype, files={}):
         with torch.device("meta"):
             hf = model.auto_class.from_config(model.hf.config, dtype=dtype)
         if model.auto_class is AutoModelForSequenceClassification:
-            hf.config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+            pad_id = tokenizer.pad_token_id
+            hf.config.pad_token_id = tokenizer.eos_token_id if pad_id is None else pad_id
         else:
             try:
                 hf.generation_config = GenerationConfig.from_pretrained(source)
@@ -562,7 +566,7 @@ def main(cfg):
     prepare_world(cfg.model, cfg.data)
     ranks, dtype = dist.get_world_size(), compute_dtype(cfg.dtype, device)
     if cfg.max_prompt_tokens >= cfg.max_tokens:
-        fail(f"--max_prompt_tokens {cfg.max_prompt_tokens} leaves no room for a response in --max_tokens {cfg.max_tokens}")
+        fail(f"--max_prompt_tokens {cfg.max_prompt_tokens} leaves no room in --max_tokens {cfg.max_tokens}")
     if cfg.max_tokens > (context := read_config(cfg.model).max_position_embeddings):
         fail(f"--max_tokens {cfg.max_tokens}: the context of {cfg.model} is {context}")
     if cfg.oracle and not cfg.calibrate_only:
@@ -647,18 +651,18 @@ def main(cfg):
         shuffled = np.random.default_rng([cfg.seed, epoch]).permutation(train)
         mb_pairs = shuffled[position * cfg.batch_size:(position + 1) * cfg.batch_size]               # global batch
         lengths = [2 * max(sum(map(len, rows[2 * i])), sum(map(len, rows[2 * i + 1]))) for i in mb_pairs]
-        sums = torch.zeros(3, device=device)                                                         # loss, right, tokens
+        tokens = sum(len(rows[2 * i + side][k]) for i in mb_pairs for side in (0, 1) for k in (0, 1))
+        sums = torch.zeros(2, device=device)                                                         # loss, right
         for micro in micro_batches(lengths, cfg.micro_tokens, ranks)[rank()::ranks]:
             chosen = [2 * int(mb_pairs[i]) for i in micro or [int(np.argmin(lengths))]]
-            index = chosen + [i + 1 for i in chosen]                                                 # a pair is never split
+            index = chosen + [i + 1 for i in chosen]                                             # a pair is never split
             scores = scores_of(model(*pad([rows[i] for i in index], device))[0], index)              # (2b,)
             losses = bradley_terry(*scores.chunk(2))                                                 # (b,)
             # FSDP averages gradients over ranks, so a micro-batch weighs (its pairs / global pairs) x ranks
             (losses.sum() * (ranks / cfg.batch_size if micro else 0.0)).backward()
             if micro:
-                right = (scores.detach().chunk(2)[0] > scores.detach().chunk(2)[1]).sum()
-                sums += torch.stack([losses.detach().sum(), right, torch.tensor(sum(len(a) + len(b) for a, b in
-                                     (rows[i] for i in index)), device=device)])
+                right = (losses.detach() < math.log(2)).sum()                                       # margin above 0
+                sums += torch.stack([losses.detach().sum(), right])
         dist.all_reduce(sums)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm).full_tensor()
         lr = cfg.lr * learning_rate(step, steps, cfg.warmup)
@@ -672,14 +676,15 @@ def main(cfg):
         done, seconds = step + 1, time.time() - tick
         row = {"loss": float(sums[0]) / cfg.batch_size, "accuracy": float(sums[1]) / cfg.batch_size,
                "grad_norm": float(norm), "lr": lr, "skipped": skipped,
-               "time_step": seconds, "tokens_per_second": float(sums[2]) / seconds, **hardware(device, 6 * parameters * float(sums[2]), seconds)}
+               "time_step": seconds, "tokens_per_second": tokens / seconds,
+               **hardware(device, 6 * parameters * tokens, seconds)}
         if done % cfg.eval_every == 0 or done == steps:
             row["eval_accuracy"] = evaluate(eval_pairs)
         log_metrics(cfg, done, row)
         eta = (time.time() - began) / (done - first_step) * (steps - done)
         if done % 10 == 0 or done == steps or seconds > 5 or "eval_accuracy" in row:
-            say(f"step {done}/{steps} | loss {row['loss']:.4f} | accuracy {row['accuracy']:.2f} | grad norm {norm:.2f} | "
-                f"{row['tokens_per_second']:,.0f} tokens/s | {eta:.0f} s left"
+            say(f"step {done}/{steps} | loss {row['loss']:.4f} | accuracy {row['accuracy']:.2f} | "
+                f"grad norm {norm:.2f} | {row['tokens_per_second']:,.0f} tokens/s | {eta:.0f} s left"
                 + (f" | held-out accuracy {row['eval_accuracy']:.3f}" if "eval_accuracy" in row else ""))
         stopping = stop.agreed(device)
         if done % cfg.save_every == 0 or done == steps or stopping or skipped == 5:
@@ -701,7 +706,8 @@ def main(cfg):
     true = load_function(cfg.oracle, "--oracle") if cfg.oracle else None
     values = [oracle_scalars(true, tokenizer, [rows[i] for i in block], stops, device) if true else
               map_rows(model, [rows[i] for i in block], cfg.micro_tokens, device, "calibration")[0] for block in blocks]
-    statistics = calibrate(lambda: ((v, *batch_of(block)) for v, block in zip(values, blocks)), cfg.cutoff, cfg.granularity)
+    statistics = calibrate(lambda: ((v, *batch_of(block)) for v, block in zip(values, blocks)),
+                           cfg.cutoff, cfg.granularity)
     reward_json = {"granularity": cfg.granularity, "cutoff": cfg.cutoff, "sft_model": cfg.model, "sft_fingerprint": key,
                    "calibration_responses": len(index), "statistics": statistics}
     target = source if ready and os.path.isdir(source) else f"{cfg.out}/model"
