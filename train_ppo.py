@@ -22,8 +22,8 @@ import functools
 import math
 import os
 import time
-from dataclasses import dataclass, field
-from typing import List, Literal, Optional
+from dataclasses import dataclass
+from typing import Literal, Optional
 
 import numpy as np
 import torch
@@ -56,8 +56,7 @@ class Config:
     normalizer: Literal["location", "global", "last", "none"] = opt("location", "statistics to normalise rewards by")
     interpolation: Literal["even", "repeat", "end"] = opt("even", "how a segment's reward is given to its tokens")
     reward_scale: Literal["total", "none"] = opt("total", "divide by the deviation of a response's total (paper: none)")
-    fit: List[float] = field(default_factory=list, metadata={
-        "help": "published w_mean w_std b_mean b_std instead of reward.json; then give --granularity and --cutoff too"})
+    fit: str = opt("", "'w_mean w_std b_mean b_std', published, in place of reward.json; '' takes reward.json")
     kl_coef: float = opt(0.03, "price of a nat away from the SFT model (paper: 0.01 with --reward_scale none)")
     missing_eos_reward: float = opt(-3.0, "added at the last token of an unfinished response (paper: 0)")
     divide_by_length: bool = opt(False, "divide rewards by the response's length (paper: Llama-3-SFT, token)")
@@ -224,9 +223,12 @@ def read_reward(cfg, tokenizer):
             fail(f"{path} was made for cutoff {saved['cutoff']}; anew: {how_to} --cutoff {cfg.cutoff}")
     own, use = saved["granularity"], cfg.granularity or saved["granularity"]
     if cfg.fit:
-        if len(cfg.fit) != 4 or not cfg.fit[3] > 0 or cfg.reward_scale != "none":
-            fail("--fit takes w_mean w_std b_mean b_std with b_std > 0, and --reward_scale none (S is not known)")
-        return own, use, saved["cutoff"], Normalizer(cfg.fit[0], cfg.fit[2], cfg.fit[1], cfg.fit[3]), 1.0
+        try:
+            w_mean, w_std, b_mean, b_std = map(float, cfg.fit.split())
+            assert b_std > 0 and cfg.reward_scale == "none"
+        except (ValueError, AssertionError):
+            fail("--fit takes 'w_mean w_std b_mean b_std' with b_std > 0, and --reward_scale none (S is not known)")
+        return own, use, saved["cutoff"], Normalizer(w_mean, b_mean, w_std, b_std), 1.0
     chosen = dict(saved["statistics"][use][cfg.normalizer])
     scale = chosen.pop("scale")[cfg.interpolation]
     return own, use, saved["cutoff"], Normalizer.from_dict(chosen), scale if cfg.reward_scale == "total" else 1.0
