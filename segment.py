@@ -341,6 +341,14 @@ def read_config(path, **settings):
     return config
 
 
+def read_tokenizer(path):
+    read_config(path)                                           # says it best if there is no model at all
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as e:
+        fail(f"{path}: no tokenizer there ({one_line(e)})")
+
+
 def one_line(e):
     return " ".join(str(e).split())[:200] or type(e).__name__
 
@@ -506,11 +514,9 @@ def load_prompts(source, limit=0):
 # ------------------------------------------------------------------------------------------------------------
 def load_tokenizer(path):
     """The tokenizer and its stop tokens: what generation_config and tokenizer call end of sequence."""
-    config = read_config(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as e:
-        fail(f"{path}: no tokenizer there ({one_line(e)})")
+    config, tokenizer = read_config(path), read_tokenizer(path)
+    if len(tokenizer) > config.vocab_size:
+        fail(f"{path}: {len(tokenizer)} tokens but an embedding of {config.vocab_size}; resize_token_embeddings and save it")
     if not tokenizer.chat_template:
         fail(f"{path}: no chat template; use a chat model, or set tokenizer.chat_template and save the tokenizer")
     try:

@@ -29,11 +29,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
 from segment import (WORLD, Granularity, LanguageModel, compute_dtype, encode_prompts, fail, is_finished, load_model,
                      load_prompts, load_tokenizer, map_rows, micro_batches, on_rank0, opt, pad, paint, prepare_world,
-                     rank, read_config, say, segment_texts, sequence_score, setup, start)
+                     rank, read_config, read_tokenizer, say, segment_texts, sequence_score, setup, start)
 from train_rm import (Normalizer, ScalarModel, StopSignal, already_finished, begin_run, export, fingerprint, finish_run,
                       hardware, learning_rate, load_checkpoint, load_function, log_metrics, normalized_token_rewards,
                       oracle_scalars, read_json, rewards_at_ends, save_checkpoint, spread_rewards)
@@ -203,10 +203,8 @@ def mean_tokens(x, mask):
 # ------------------------------------------------------------------------------------------------------------
 def read_reward(cfg, tokenizer):
     """-> own granularity, use, cutoff, Normalizer, scale; checks that the reward model fits policy and flags."""
-    if not cfg.oracle:
-        read_config(cfg.reward_model)
-        if AutoTokenizer.from_pretrained(cfg.reward_model).get_vocab() != tokenizer.get_vocab():
-            fail(f"--reward_model {cfg.reward_model}: its tokenizer differs from that of --model {cfg.model}")
+    if not cfg.oracle and read_tokenizer(cfg.reward_model).get_vocab() != tokenizer.get_vocab():
+        fail(f"--reward_model {cfg.reward_model}: its tokenizer differs from that of --model {cfg.model}")
     path = os.path.join(cfg.reward_model, "reward.json")
     how_to = f"python train_rm.py --calibrate_only --reward_model {cfg.reward_model} --model {cfg.model}"
     if not os.path.exists(path):

@@ -177,11 +177,13 @@ def fit_normalizer(locations, rewards):
     _, pool, count = np.unique(np.round(p, 3), return_inverse=True, return_counts=True)
     mean = np.bincount(pool, y) / count                                                     # (pools,) each
     std = np.sqrt(np.bincount(pool, (y - mean[pool]) ** 2) / count)
-    at = np.bincount(pool, p) / count
+    log_p, several = np.log(np.bincount(pool, p) / count), count > 1                        # one reward has no deviation
     if len(count) == 1:
         fit = Normalizer(0.0, float(mean[0]), 0.0, float(std[0]))
+    elif several.sum() < 2:
+        raise ValueError(f"{len(p)} segments hardly share a location, their deviation cannot be fitted")
     else:
-        fit = Normalizer(*huber_line(np.log(at), mean), *huber_line(np.log(at), std), float(p.min()), float(p.max()))
+        fit = Normalizer(*huber_line(log_p, mean), *huber_line(log_p[several], std[several]), float(p.min()), float(p.max()))
     if not fit.b_std > 1e-6 * (1 + abs(fit.b_mean)):
         raise ValueError("the rewards do not vary, there is nothing to divide by")
     return fit
@@ -466,9 +468,9 @@ def load_checkpoint(cfg, step, pairs):
         fail(f"{cfg.out}/checkpoint/step_{step}: cannot be loaded ({one_line(e)})")
 
 
-def export(model, tokenizer, source, folder, dtype, files={}):
-    """An ordinary Hugging Face checkpoint in `folder`, with tokenizer, `files` ({name: JSON}) and, for a language
-    model, the generation settings of `source`. Every rank gathers, rank 0 writes; the old folder stays until then."""
+def export(model, tokenizer, source, folder, dtype):
+    """An ordinary Hugging Face checkpoint in `folder`, with tokenizer and, for a language model, the generation
+    settings of `source`. Every rank gathers, rank 0 writes; the old folder stays until then."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank() == 0:
         with torch.device("meta"):
@@ -486,8 +488,6 @@ def export(model, tokenizer, source, folder, dtype, files={}):
         state = {k[3:]: v.to(dtype).contiguous() for k, v in state.items() if k[3:] not in tied}
         hf.save_pretrained(folder + ".tmp", state_dict=state)
         tokenizer.save_pretrained(folder + ".tmp")
-        for name, value in files.items():
-            write_json(f"{folder}.tmp/{name}", value)
         if os.path.exists(folder):
             shutil.rmtree(folder + ".old", ignore_errors=True)
             os.replace(folder, folder + ".old")
@@ -588,7 +588,8 @@ def main(cfg):
     rows = encode(cfg.data)
     n = len(rows) // 2
     order = np.random.default_rng(cfg.seed).permutation(n)
-    n_eval, n_calibration = 0 if cfg.eval_data else max(1, min(n // 50, 2000)), max(1, min(n // 20, 60000))
+    n_eval = 0 if cfg.eval_data else max(1, min(n // 50, 2000))
+    n_calibration = min(max(n // 20, min(n // 4, 16), 1), 60000)                # 5 %, but 16 pairs if there are few
     eval_pairs, calibration, train = np.split(order, [n_eval, n_eval + n_calibration])
     if cfg.eval_data:
         rows += encode(cfg.eval_data)
@@ -697,6 +698,9 @@ def main(cfg):
             say(f"stopped after step {done}; continue with --resume")
             raise SystemExit(128 + stopping)
     stop.release()
+    target = source if ready and os.path.isdir(source) else f"{cfg.out}/model"
+    if target != source and not cfg.oracle:
+        export(model, tokenizer, cfg.model, target, dtype)
 
     # --------------------------------------------------------------------------------------------------------
     # calibration: the statistics by which PPO normalises, on pairs that were not trained on
@@ -710,13 +714,9 @@ def main(cfg):
                            cfg.cutoff, cfg.granularity)
     reward_json = {"granularity": cfg.granularity, "cutoff": cfg.cutoff, "sft_model": cfg.model, "sft_fingerprint": key,
                    "calibration_responses": len(index), "statistics": statistics}
-    target = source if ready and os.path.isdir(source) else f"{cfg.out}/model"
-    if cfg.oracle or target == source:
-        if rank() == 0:
-            os.makedirs(target, exist_ok=True)
-            write_json(f"{target}/reward.json", reward_json)
-    else:
-        export(model, tokenizer, cfg.model, target, dtype, {"reward.json": reward_json})
+    if rank() == 0:
+        os.makedirs(target, exist_ok=True)
+        write_json(f"{target}/reward.json", reward_json)
     fit = statistics["segment"]["location"]
     say(f"calibrated on {len(index)} responses; segment rewards: mean {fit['w_mean']:.3f} log p + {fit['b_mean']:.3f}, "
         f"std {fit['w_std']:.3f} log p + {fit['b_std']:.3f}\nwrote {target}")

@@ -136,13 +136,9 @@ def rm(world, ours):
         train_rm.main(train_rm.Config(out=out, **rm_flags(world)))
         return [row["tokens_per_second"] for row in read_metrics(out)][1:]
     from datasets import Dataset
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from trl import RewardConfig, RewardTrainer
-    from segment import encode_chats, load_pairs, load_tokenizer
-    tokenizer, stops = load_tokenizer(f"{world}/sft")
-    chats = [(prompt, side) for prompt, *sides in load_pairs(f"{world}/pairs.jsonl") for side in sides]
-    rows = [[*p.tolist(), *r.tolist()] for p, r in encode_chats(tokenizer, stops, chats, 512, 64)]
-    data = Dataset.from_dict({"chosen_ids": rows[0::2], "rejected_ids": rows[1::2]})
+    data, tokenizer = Dataset.from_json(f"{world}/pairs.jsonl"), AutoTokenizer.from_pretrained(f"{world}/sft")
     clock, times = step_clock()
     args = RewardConfig(output_dir=f"{world}/trl", per_device_train_batch_size=PAIRS, max_steps=STEPS, max_length=512,
                         bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none", save_strategy="no",
@@ -164,11 +160,11 @@ def ppo(world, ours):
             max_new_tokens=64, rollout_batch_size=64, batch_size=16, max_steps=ITERATIONS + 1, actor_lr=1e-6, critic_lr=1e-6))
         return [row["tokens_per_second"] for row in read_metrics(out)][1:]
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer
-    from segment import encode_prompts, load_prompts, load_tokenizer
-    tokenizer, _ = load_tokenizer(f"{world}/sft")
-    ids = encode_prompts(tokenizer, load_prompts(f"{world}/prompts.jsonl"), 64)
+    tokenizer = AutoTokenizer.from_pretrained(f"{world}/sft")
+    data = Dataset.from_json(f"{world}/prompts.jsonl").map(lambda row: {"input_ids": tokenizer.apply_chat_template(
+        row["prompt"], add_generation_prompt=True, return_dict=False)}, remove_columns="prompt")
     clock, times = step_clock()
     args = PPOConfig(output_dir=f"{world}/trl", per_device_train_batch_size=64, num_mini_batches=4, num_ppo_epochs=1,
                      total_episodes=64 * (ITERATIONS + 1), response_length=64, temperature=1.0, learning_rate=1e-6,
@@ -176,7 +172,6 @@ def ppo(world, ours):
                      gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True)
     policy, reference = (AutoModelForCausalLM.from_pretrained(f"{world}/sft", dtype=torch.float32) for _ in range(2))
     reward, value = (AutoModelForSequenceClassification.from_pretrained(f"{world}/rm", dtype=torch.float32) for _ in range(2))
-    data = Dataset.from_dict({"input_ids": [i.tolist() for i in ids]})
     PPOTrainer(args=args, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward,
                value_model=value, train_dataset=data, eval_dataset=data, callbacks=[clock]).train()
     return [64 * 128 / (t - s) for s, t in zip(times, times[1:])]
