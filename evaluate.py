@@ -201,7 +201,7 @@ def length_controlled_win_rate(preferences, len_baseline, len_model, difficulty=
 # A pair: messages, instruction (their text), output_1 (the baseline's), output_2 (the policy's), finished (of both).
 # ------------------------------------------------------------------------------------------------------------
 Judge = namedtuple("Judge", "id alone scores verdicts")
-FUNCTION = re.compile(r"\.py:\w+$")
+FUNCTION, FILE = re.compile(r"\.py:\w+$"), re.compile(r"\.jsonl?(\.gz)?$")
 ASK = """Two assistants, A and B, continued the same conversation. Decide which answer is better: the one that a careful
 reader would rather have received. Correct, helpful and honest counts; longer or shown first does not.
 
@@ -224,9 +224,10 @@ def open_judge(cfg, device):
     """The form of --judge decides. Its id, part of the cache's keys, changes with what the file or the weights hold."""
     if cfg.api_base:
         return Judge(f"{cfg.judge} {digest(ASK)}", True, False, lambda pairs: ask_endpoint(cfg, pairs))
+    f = load_function(cfg.judge, "--judge") if FUNCTION.search(cfg.judge) else None
     name = f"{cfg.judge} {on_rank0(content_id, cfg.judge)}"
-    if FUNCTION.search(cfg.judge):
-        return Judge(name, True, True, lambda pairs: ask_function(cfg, pairs))
+    if f:
+        return Judge(name, True, True, lambda pairs: ask_function(cfg, f, pairs))
     if is_reward_model(cfg.judge):
         return Judge(name, False, True, lambda pairs: ask_reward_model(cfg, pairs, device))
     return Judge(f"{name} {digest(ASK)}", False, False, lambda pairs: ask_chat_model(cfg, pairs, device))
@@ -238,9 +239,8 @@ def questions(pair):
     return ASK.format(pair["instruction"], a, b), ASK.format(pair["instruction"], b, a)
 
 
-def ask_function(cfg, pairs):
+def ask_function(cfg, f, pairs):
     """The higher score wins."""
-    f = load_function(cfg.judge, "--judge")
     for pair in pairs:
         prompt, finished = prompt_text(pair["messages"]), pair["finished"]
         try:
@@ -417,7 +417,7 @@ def content_id(source):
     """A hash of what a file, a file.py:function or a model holds."""
     path = source.rpartition(":")[0] if FUNCTION.search(source) else source
     if not os.path.isfile(path):
-        return fingerprint(path) if read_config(path) else None
+        return fail(f"{path}: no such file") if FILE.search(path) else fingerprint(path) if read_config(path) else None
     with open(path, "rb") as f:
         return hashlib.blake2b(f.read(), digest_size=16).hexdigest()
 
@@ -491,7 +491,7 @@ def conversation(messages):
 
 def name_of(source):
     """out/ppo/model -> ppo; results/claude.json -> claude"""
-    name = re.sub(r"\.jsonl?(\.gz)?$", "", os.path.basename(source.rstrip("/").removesuffix("/model")))
+    name = FILE.sub("", os.path.basename(source.rstrip("/").removesuffix("/model")))
     return name + "-model" if name in ("config", "annotations", "summary", "pairs") else name
 
 
@@ -724,14 +724,15 @@ def page(cfg, table, differences, policies, segments):
         for n, row in enumerate(rows[:100]):
             p, sides = row["preference"], ""
             winner = 0 if p in (None, 1.5) else 1 + (p > 1.5)
-            verdict = f"{row.get(f'generator_{winner}')} is better" if winner else "not judged" if p is None else "draw"
+            verdict = "not judged" if p is None else "a draw" if not winner else \
+                f"{row.get(f'generator_{winner}')} is better, {p - 1 if winner == 2 else 2 - p:.0%}"
             for k in (1, 2):
                 score = f", score {row[f'score_{k}']:+.3f}" if f"score_{k}" in row else ""
                 text = "".join(shade(*s) for s in segments.get((name, n), ()) if k == 2) or e(row[f"output_{k}"])
                 sides += (f'<section{" class=best" if k == winner else ""}><small>{e(row.get(f"generator_{k}"))}, '
                           f'{row[f"len_{k}"]} characters{score}</small><div class="text">{text}</div></section>')
             body.append(f'<article><header><div class="text">{e(row.get("instruction"))}</div><small>{n + 1}. '
-                        f'{e(verdict)} ({e(p)})</small></header><div class="sides">{sides}</div></article>')
+                        f'{e(verdict)}</small></header><div class="sides">{sides}</div></article>')
     return (f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>evaluation</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -777,8 +778,7 @@ def main(cfg):
         base += "-baseline" if base in names else ""
         chats, cache, answers = load_prompts(cfg.data, cfg.max_samples), Cache(f"{cfg.out}/generations.jsonl"), {}
         for name, source in zip([*names, base], sources):
-            from_file = re.search(r"\.jsonl?(\.gz)?$", source)
-            answers[name] = read_outputs(source, chats) if from_file else \
+            answers[name] = read_outputs(source, chats) if FILE.search(source) else \
                 answer(cfg, source, chats, int(name == base), cache, device)
             outputs = [{"instruction": conversation(chat), "output": text, "generator": name,
                         "dataset": os.path.basename(cfg.data)} for chat, (text, _) in zip(chats, answers[name])]

@@ -32,6 +32,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from typing import Literal
 
 import numpy as np
@@ -186,7 +187,7 @@ class LanguageModel(nn.Module):
 
 
 # ============================================================================================================
-# Plumbing. Errors, configuration, metrics
+# Plumbing. Errors and configuration
 # ============================================================================================================
 def fail(message):
     """The user's mistake: one line, exit code 2, no traceback. Every rank ends; rank 0 speaks."""
@@ -207,14 +208,12 @@ def parse(Config, argv=None):
     for name, value in asdict(cfg).items():
         if isinstance(value, float) and not math.isfinite(value):
             fail(f"--{name} {value}: must be a finite number")
-    if getattr(cfg, "cutoff", None) is not None and cfg.cutoff < 0:
-        fail(f"--cutoff {cfg.cutoff}: an entropy in nats is at least 0")
+        if isinstance(value, (int, float)) and value < 0 and not name.endswith("_reward"):
+            fail(f"--{name} {value}: must not be negative")
     for name in ("micro_tokens", "batch_size", "rollout_batch_size", "max_tokens", "max_new_tokens"):
         if getattr(cfg, name, 1) < 1:
             fail(f"--{name} {getattr(cfg, name)}: must be at least 1")
     return cfg
-
-
 
 
 def start(main, Config):
@@ -251,11 +250,10 @@ def setup():
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group(backend, **alone)
+        dist.init_process_group(backend, timeout=timedelta(hours=1), **alone)      # rank 0 may read or hash for long
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True       # exact for the fp32 copies of bf16 weights (see the head)
     return device
 
 
@@ -284,7 +282,9 @@ def say(*args):
 
 
 def compute_dtype(name, device):
-    return torch.bfloat16 if name == "bf16" or name == "auto" and device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if name == "bf16" or name == "auto" and device.type == "cuda" else torch.float32
+    torch.backends.cuda.matmul.allow_tf32 = dtype is torch.bfloat16     # exact products of bf16 values, for fp32 logits
+    return dtype
 
 
 def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, head_std=None, seed=0):
@@ -300,7 +300,8 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
     full = None
     if rank() == 0:
         try:
-            full, info = kind.from_pretrained(path, config=config, dtype=stored, output_loading_info=True)
+            full, info = kind.from_pretrained(path, config=config, dtype=stored, use_safetensors=True,
+                                              output_loading_info=True)
         except Exception as e:                                  # truncated or foreign weights, not our bug
             fail(f"{path}: the weights cannot be read ({one_line(e)})")
         missing = set(info["missing_keys"])
@@ -516,7 +517,7 @@ def load_tokenizer(path):
     """The tokenizer and its stop tokens: what generation_config and tokenizer call end of sequence."""
     config, tokenizer = read_config(path), read_tokenizer(path)
     if len(tokenizer) > config.vocab_size:
-        fail(f"{path}: {len(tokenizer)} tokens but an embedding of {config.vocab_size}; resize_token_embeddings and save it")
+        fail(f"{path}: {len(tokenizer)} tokens but {config.vocab_size} embeddings; resize_token_embeddings and save")
     if not tokenizer.chat_template:
         fail(f"{path}: no chat template; use a chat model, or set tokenizer.chat_template and save the tokenizer")
     try:
@@ -599,10 +600,11 @@ def is_finished(rows, stops):
 
 
 def segment_texts(tokenizer, ids, ends):
-    """The text of each segment (and of what follows the last one): decoded as prefixes, so that spaces survive."""
+    """The text of each segment, and of what follows the last one: decoded as prefixes, so that spaces survive."""
     cuts = [0] + [int(e) + 1 for e in np.flatnonzero(ends)] + [len(ids)]
     prefix = [tokenizer.decode(ids[:c], clean_up_tokenization_spaces=False) for c in cuts]
-    return [b[len(a):] for a, b in zip(prefix, prefix[1:]) if b[len(a):]]
+    *pieces, rest = [b[len(a):] for a, b in zip(prefix, prefix[1:])]
+    return pieces + [rest] if rest else pieces
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -42,7 +42,6 @@ from train_ppo import gae, generate, never_sampled, policy_loss, value_loss, whi
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 os.chdir(HERE)                                              # config/*.args name each other relative to the repository
-REAL_PAIRS = "../shared/data/alpaca_pairs/test.jsonl.gz"
 WORLD_PY = "data/reviews/prepare.py"
 spec = importlib.util.spec_from_file_location("prepare", WORLD_PY)
 prepare = importlib.util.module_from_spec(spec)
@@ -246,7 +245,8 @@ def test_calibrate_gives_the_deviation_of_a_response_total():
     last = [float(values[b, ends[b]][-1]) for b in range(64)]
     assert statistics["segment"]["last"]["b_mean"] == pytest.approx(np.mean(last), abs=1e-5)
     assert statistics["bandit"]["location"]["w_mean"] == 0                   # one location: the sequence score's mean
-    assert statistics["bandit"]["location"]["b_mean"] == pytest.approx(float(sequence_score(values, ends).mean()), abs=1e-5)
+    score = float(sequence_score(values, ends).mean())
+    assert statistics["bandit"]["location"]["b_mean"] == pytest.approx(score, abs=1e-5)
 
 
 def test_bradley_terry_by_hand():
@@ -479,7 +479,7 @@ def test_special_tokens_that_somebody_types_stay_text(families, family):
     typed = "good <eos> <system> <assistant> <bos> <<eos>eos> phone"
     rows = segment.encode_chats(tokenizer, stops, [([user("good phone")], "good phone", "row 1"),
                                                    ([user(typed)], typed, "row 2")], 256, 128)
-    for plain, attack in zip(*rows):                                         # the same special tokens, prompt and response
+    for plain, attack in zip(*rows):                        # prompts, then responses: the same special tokens
         special = np.arange(1, 6)
         assert plain[np.isin(plain, special)].tolist() == attack[np.isin(attack, special)].tolist()
         assert len(attack) > len(plain) + 10                                 # and nothing was thrown away
@@ -504,7 +504,7 @@ def test_a_template_that_ends_turns_with_no_stop_token_is_refused(families, caps
     chats = [([user("is it good?")], "good.", f"row {n}") for n in range(3)]
     tokenizer.chat_template = FAMILIES["phi3"][3].replace("{{ eos_token }}", "")
     assert "no stop token" in refused(capsys, lambda: segment.encode_chats(tokenizer, torch.tensor([2]), chats, 99, 50))
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
+    tokenizer.chat_template = "{{ messages | map(attribute='content') | join }}{% if add_generation_prompt %}?{% endif %}"
     assert "row 0" in refused(capsys, lambda: segment.encode_chats(tokenizer, stops, chats, 99, 50))
 
 
@@ -588,6 +588,546 @@ def refused(capsys, f):
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         f()
-    lines = [x for x in capsys.readouterr().err.splitlines() if "it/s]" not in x and x.strip()]
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.strip() and ("it/s]" not in x or "error" in x)]
     assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (end.value.code, lines)
     return lines[0]
+
+
+def write(path, value):
+    """A data file: str and bytes as they are, a list of rows as .jsonl."""
+    text = value if isinstance(value, (str, bytes)) else "".join(json.dumps(row) + "\n" for row in value)
+    with open(path, "wb") as f:
+        f.write(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+PAIR = {"chosen": [user("is it good?"), assistant("good.")], "rejected": [user("is it good?"), assistant("angry.")]}
+BAD_PAIRS = {                                               # file name: (content, what the message must name)
+    "empty.jsonl": ("", "empty"), "blank.jsonl": ("\n\n", "empty"), "none.json": ("[]", "empty"),
+    "columns.jsonl": ([PAIR, {"a": 1, "b": 2}], "row 2: no columns chosen and rejected; it has a, b"),
+    "null.jsonl": ([{"chosen": None, "rejected": "x"}], "row 1"),
+    "broken.jsonl": (json.dumps(PAIR) + '\n\n{"chosen": [\n', "line 3"),
+    "broken.json": ('[{"chosen": "a"', "not valid JSON"),
+    "array.jsonl": ([PAIR, [1, 2]], "row 2: not an object"), "number.jsonl": ("7\n", "row 1"),
+    "no_turn.jsonl": ([PAIR, {"chosen": [user("a")], "rejected": [user("a")]}], "row 2, chosen"),
+    "content.jsonl": ([{**PAIR, "rejected": [user("is it good?"), assistant(None)]}], "row 1, rejected"),
+    "parts.jsonl": ([{**PAIR, "chosen": [user([{"type": "text", "text": "a"}]), assistant("b")]}], "row 1, chosen"),
+    "no_role.jsonl": ([{**PAIR, "chosen": [{"content": "a"}, assistant("b")]}], "row 1, chosen"),
+    "empty_list.jsonl": ([{"chosen": [], "rejected": []}], "row 1, chosen"),
+    "no_prompt.jsonl": ([{"chosen": "a", "rejected": "b"}], "row 1: chosen holds no prompt"),
+    "prompt_type.jsonl": ([{"prompt": 7, "chosen": "a", "rejected": "b"}], "row 1, prompt"),
+    "not_gz.jsonl.gz": (b"plain text", "not_gz.jsonl.gz"),
+    "cut.jsonl.gz": (gzip.compress(json.dumps([PAIR] * 99).encode())[:-30], "cut.jsonl.gz"),
+    "corrupt.jsonl.gz": (gzip.compress(b"x" * 5000)[:20] + b"\xff" * 30, "corrupt.jsonl.gz"),
+    "latin1.jsonl": ("\xe9".encode("latin-1"), "latin1.jsonl"),
+}
+BAD_PROMPTS = {
+    "empty.jsonl": ("", "empty"), "columns.jsonl": ([{"text": "a"}], "row 1: no column prompt"),
+    "type.jsonl": ([{"prompt": "a"}, {"prompt": 3}], "row 2, prompt"),
+    "answered.jsonl": ([{"prompt": [user("a"), assistant("b")]}], "row 1, prompt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PAIRS)
+def test_bad_preferences_are_refused_in_one_line(tmp_path, capsys, name):
+    path = write(f"{tmp_path}/{name}", BAD_PAIRS[name][0])
+    message = refused(capsys, lambda: list(segment.load_pairs(path)))
+    assert path in message and BAD_PAIRS[name][1] in message
+
+
+@pytest.mark.parametrize("name", BAD_PROMPTS)
+def test_bad_prompts_are_refused_in_one_line(tmp_path, capsys, name):
+    path = write(f"{tmp_path}/{name}", BAD_PROMPTS[name][0])
+    message = refused(capsys, lambda: segment.load_prompts(path))
+    assert path in message and BAD_PROMPTS[name][1] in message
+
+
+def test_every_layout_of_preferences_reads_alike(tmp_path, families, capsys):
+    rows = [PAIR, {"prompt": "is it good?", "chosen": "good.", "rejected": "angry."},
+            {"prompt": [user("is it good?")], "chosen": [assistant("good.")], "rejected": [assistant("angry.")]}]
+    want = [([user("is it good?")], "good.", "angry.")] * 3
+    files = [write(f"{tmp_path}/a.jsonl", rows), write(f"{tmp_path}/b.json", json.dumps(rows)),
+             write(f"{tmp_path}/c.json", [*rows])]
+    with gzip.open(f"{tmp_path}/d.jsonl.gz", "wt") as f:
+        f.write("\n".join(map(json.dumps, rows)))
+    for path in (*files, f"{tmp_path}/d.jsonl.gz"):
+        assert [pair[:3] for pair in segment.load_pairs(path)] == want
+        assert segment.load_prompts(path) == [want[0][0]] * 3
+    assert len(list(segment.load_pairs(files[0], 2))) == 2
+    odd = [PAIR, {**PAIR, "rejected": PAIR["chosen"]}, {**PAIR, "chosen": [user("is it good?"), assistant(" \n")]},
+           {**PAIR, "rejected": [user("another"), assistant("angry.")]}, {"prompt": "a", "chosen": "", "rejected": "b"}]
+    capsys.readouterr()
+    assert len(list(segment.load_pairs(write(f"{tmp_path}/odd.jsonl", odd)))) == 1
+    said = capsys.readouterr().out                          # dropped, and counted
+    assert "1 pairs with equal" in said and "2 pairs with an empty" in said and "1 pairs with two different" in said
+    lonely = write(f"{tmp_path}/surrogate.jsonl", '{"prompt": "\\ud800 hi \\u0000", "chosen": "a", "rejected": "b"}\n')
+    (prompt, *_), = segment.load_pairs(lonely)
+    prompt[0]["content"].encode()                           # half a surrogate pair would break the tokenizer
+
+
+def test_parquet_and_saved_folders(tmp_path, capsys):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list([PAIR, PAIR])
+    data.to_parquet(f"{tmp_path}/a.parquet")
+    data.save_to_disk(f"{tmp_path}/folder")
+    datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(f"{tmp_path}/splits")
+    for path in (f"{tmp_path}/a.parquet", f"{tmp_path}/folder", f"{tmp_path}/splits"):
+        assert [pair[:3] for pair in segment.load_pairs(path)] == [([user("is it good?")], "good.", "angry.")] * 2
+    os.makedirs(f"{tmp_path}/nothing")
+    for path in (write(f"{tmp_path}/bad.parquet", "no parquet"), f"{tmp_path}/nothing"):
+        assert path in refused(capsys, lambda: list(segment.load_pairs(path)))
+
+
+BAD_FLAGS = [                                               # script's Config, flags, what the message must name
+    (train_rm, ["--cutoff", "-1"], "--cutoff"), (train_rm, ["--cutoff", "nan"], "--cutoff"),
+    (train_rm, ["--cutof", "1"], "--cutof"), (train_rm, ["--granularity", "word"], "granularity"),
+    (train_rm, ["--batch_size", "many"], "batch_size"), (train_rm, ["--lr", "inf"], "--lr"),
+    (train_rm, ["--batch_size", "0"], "--batch_size"), (train_rm, ["--micro_tokens", "-5"], "--micro_tokens"),
+    (train_rm, ["@no/such.args"], "no/such.args"), (train_rm, ["stray"], "stray"),
+    (train_rm, ["--resume", "7"], "resume"),
+    (train_rm, ["--save_every", "0"], "--save_every"), (train_rm, ["--eval_every", "0"], "--eval_every"),
+    (train_ppo, ["--save_every", "0"], "--save_every"), (train_ppo, ["--sample_every", "0"], "--sample_every"),
+    (train_ppo, ["--generation_batch_size", "0"], "--generation_batch_size"),
+    (train_ppo, ["--normalizer", "z"], "normalizer"), (train_ppo, ["--interpolation", "linear"], "interpolation"),
+    (train_ppo, ["--cutoff", "-0.5"], "--cutoff"), (train_ppo, ["--rollout_batch_size", "0"], "--rollout_batch_size"),
+    (segment, ["--max_tokens", "0"], "--max_tokens"), (segment, ["--unknown"], "--unknown"),
+]
+
+
+@pytest.mark.parametrize("module,flags,words", BAD_FLAGS, ids=lambda x: "".join(x) if isinstance(x, list) else "")
+def test_bad_flags_are_refused_in_one_line(capsys, module, flags, words):
+    assert words in refused(capsys, lambda: parse(module.Config, flags))
+
+
+@pytest.mark.parametrize("module", [segment, train_rm, train_ppo])
+def test_help_lists_every_flag_and_later_flags_override_files(tmp_path, capsys, module):
+    with pytest.raises(SystemExit) as end:
+        parse(module.Config, ["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and all(f"--{name}" in text for name in module.Config.__dataclass_fields__)
+    path = write(f"{tmp_path}/a.args", "# a comment\n\n--seed 3 --cutoff 2.5   # more\n--data 'a b.jsonl'\n")
+    cfg = parse(module.Config, [f"@{path}", "--seed", "4"])
+    assert (cfg.seed, cfg.cutoff, cfg.data) == (4, 2.5, "a b.jsonl")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. A tiny world, and runs of each script as a user starts them
+# ------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, families):
+    folder = str(tmp_path_factory.mktemp("world"))
+    prepare.main(prepare.parse(f"--out {folder} --texts 800 --epochs 1 --batch_size 4 --pairs 240 --pairs_test 24 "
+                               "--prompts 64 --prompts_test 8".split()))
+    return folder
+
+
+def rm_flags(world, out, *more):
+    return ["--model", f"{world}/sft", "--data", f"{world}/pairs.jsonl", "--eval_data", f"{world}/pairs_test.jsonl",
+            "--out", out, "--cache", f"{out}-cache", "--batch_size", "16", "--max_steps", "6", "--save_every", "2",
+            "--eval_every", "3", "--micro_tokens", "2048", *more]
+
+
+def ppo_flags(world, rm, out, *more):
+    return ["--model", f"{world}/sft", "--data", f"{world}/prompts.jsonl", "--reward_model", rm, "--out", out,
+            "--rollout_batch_size", "12", "--batch_size", "6", "--max_steps", "3", "--save_every", "1",
+            "--max_new_tokens", "100", "--micro_tokens", "512", "--seed", "1",
+            "--gold", f"{WORLD_PY}:gold_reward", *more]
+
+
+def rm_here(world, out, *flags):
+    train_rm.main(parse(train_rm.Config, rm_flags(world, out, *flags)))
+
+
+def ppo_here(world, rm, out, *flags):
+    train_ppo.main(parse(train_ppo.Config, ppo_flags(world, rm, out, *flags)))
+
+
+def start(script, flags, ranks=1):
+    many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return subprocess.Popen([sys.executable, *many, script, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def run(script, flags, ranks=1):
+    """Run to the end; returns (exit code, stdout, stderr)."""
+    process = start(script, flags, ranks)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def run_well(script, flags, ranks=1):
+    code, out, err = run(script, flags, ranks)
+    assert code == 0, err[-3000:]
+    return out
+
+
+def kill(script, flags, when, sig):
+    """Start, send `sig` as soon as when() is true, return the exit code."""
+    process = start(script, flags)
+    while not when() and process.poll() is None:
+        time.sleep(0.002)
+    assert process.poll() is None, process.communicate()[1][-3000:]
+    process.send_signal(sig)
+    process.communicate(timeout=120)
+    return process.returncode
+
+
+def steps_logged(out):
+    return open(f"{out}/metrics.jsonl").read().count("\n") if os.path.exists(f"{out}/metrics.jsonl") else 0
+
+
+def metrics(out):
+    """metrics.jsonl without what depends on the clock and the machine."""
+    clock = ("time", "second", "eta", "mfu", "memory", "tokens_per")
+    return [{k: v for k, v in json.loads(line).items() if not any(c in k for c in clock)}
+            for line in open(f"{out}/metrics.jsonl")]
+
+
+def weights(out):
+    return {k: v for f in glob.glob(f"{out}/model/*.safetensors") for k, v in load_file(f).items()}
+
+
+def same_run(a, b, tolerance=0.0):
+    ours, theirs = metrics(a), metrics(b)
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs] and len(ours) > 1
+    for x, y in zip(ours, theirs):
+        differs = {k: (x[k], y[k]) for k in x if not abs(x[k] - y[k]) <= tolerance * (1 + abs(x[k]))}
+        assert not differs, (x["step"], differs)
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys() and len(ours) > 10
+    for k in ours:
+        torch.testing.assert_close(ours[k], theirs[k], atol=tolerance, rtol=tolerance, msg=k)
+
+
+def tree(folder):
+    """{path: content} of a folder, to see that it was left alone."""
+    return {p: open(p, "rb").read() for p in sorted(glob.glob(f"{folder}/**", recursive=True)) if os.path.isfile(p)}
+
+
+@pytest.fixture(scope="session")
+def runs(world, tmp_path_factory):
+    """{name: future of the folder} of runs in subprocesses, two at a time."""
+    top = str(tmp_path_factory.mktemp("runs"))
+    pool, started = ThreadPoolExecutor(2), {}
+
+    def rm(name, ranks=1):
+        run_well("train_rm.py", rm_flags(world, f"{top}/{name}"), ranks)
+        return f"{top}/{name}"
+
+    def rm_killed():
+        """SIGKILL in the entropy pass, SIGTERM in a step, SIGKILL in a save, and a half-written checkpoint."""
+        out = f"{top}/rm_killed"
+        flags = rm_flags(world, out)
+        assert kill("train_rm.py", flags, lambda: os.path.exists(f"{out}/config.json"), signal.SIGKILL) == -9
+        assert not os.path.exists(f"{out}/model") and not steps_logged(out)
+        assert run("train_rm.py", flags)[0] == 2            # an unfinished run wants --resume
+        flags.append("--resume")
+        assert kill("train_rm.py", flags, lambda: steps_logged(out) >= 1, signal.SIGTERM) == 128 + signal.SIGTERM
+        assert len(glob.glob(f"{out}/checkpoint/step_*")) == 1 and os.path.exists(f"{out}/model/config.json")
+        before = steps_logged(out)
+        assert kill("train_rm.py", flags, lambda: glob.glob(f"{out}/checkpoint/*.tmp"), signal.SIGKILL) == -9
+        assert before < steps_logged(out) <= 6
+        os.makedirs(f"{out}/checkpoint/step_99.tmp")
+        write(f"{out}/checkpoint/step_99.tmp/shard-00001-model-00001-of-00001.safetensors", b"torn")
+        with open(f"{out}/metrics.jsonl", "a") as f:
+            f.write('{"step": 99, "lo')                     # and a torn line
+        run_well("train_rm.py", flags)
+        return out
+
+    def ppo(name, ranks=1):
+        run_well("train_ppo.py", ppo_flags(world, started["rm"].result() + "/model", f"{top}/{name}"), ranks)
+        return f"{top}/{name}"
+
+    def ppo_killed():
+        """SIGKILL after a step (in the next rollout) and in a save."""
+        out = f"{top}/ppo_killed"
+        flags = ppo_flags(world, started["rm"].result() + "/model", out, "--resume")
+        assert kill("train_ppo.py", flags, lambda: glob.glob(f"{out}/checkpoint/*.tmp"), signal.SIGKILL) == -9
+        assert kill("train_ppo.py", flags, lambda: os.path.exists(f"{out}/model"), signal.SIGKILL) == -9
+        run_well("train_ppo.py", flags)
+        return out
+
+    def ppo_moved():
+        """Stopped on one rank by SIGTERM, resumed on two."""
+        out = f"{top}/ppo_moved"
+        flags = ppo_flags(world, started["rm"].result() + "/model", out, "--resume")
+        assert kill("train_ppo.py", flags, lambda: steps_logged(out) >= 1, signal.SIGTERM) == 128 + signal.SIGTERM
+        assert steps_logged(out) < 3
+        run_well("train_ppo.py", flags, ranks=2)
+        return out
+
+    for name, job, *args in (("rm", rm, "rm"), ("rm_two", rm, "rm_two", 2), ("ppo", ppo, "ppo"),
+                             ("rm_killed", rm_killed), ("ppo_two", ppo, "ppo_two", 2), ("ppo_killed", ppo_killed),
+                             ("ppo_moved", ppo_moved)):
+        started[name] = pool.submit(job, *args)
+    yield started
+    pool.shutdown(cancel_futures=True)
+
+
+def test_mistakes_on_the_command_line_are_one_line_and_code_2(world, tmp_path):
+    out = f"{tmp_path}/out"
+    started = [(words, start(script, ["--model", f"{world}/sft", *flags])) for script, flags, words in (
+        ("train_rm.py", ["--data", "no/such.jsonl", "--out", out], "no/such.jsonl"),
+        ("train_ppo.py", ["--temperature", "2", "--out", out], "--temperature"),
+        ("segment.py", ["--cutoff", "nan"], "--cutoff"),
+        ("train_ppo.py", ["--reward_model", "no/such", "--data", f"{world}/prompts.jsonl", "--out", out], "no/such"))]
+    for words, process in started:
+        err = process.communicate(timeout=300)[1]
+        assert process.returncode == 2 and err.count("\n") == 1 and err.startswith("error: ") and words in err, err
+    assert not os.path.exists(out)
+
+
+BAD_RUNS = [  # changed flags of a good run (# is the test's folder), words of the message
+    ("rm", "--data #no.jsonl", "no.jsonl"), ("rm", "--data #few.jsonl", "few.jsonl"),
+    ("rm", "--data #same.jsonl", "same.jsonl"), ("rm", "--eval_data #same.jsonl", "same.jsonl"),
+    ("rm", "--eval_data #no.jsonl", "no.jsonl"), ("rm", "--model #no_model", "no_model"),
+    ("rm", "--model #no_template", "chat template"), ("rm", "--model #torn", "torn"),
+    ("rm", "--max_tokens 4096", "--max_tokens"), ("rm", "--max_prompt_tokens 256", "--max_prompt_tokens"),
+    ("rm", f"--oracle {WORLD_PY}:clause_values", "--oracle"),
+    ("rm", "--calibrate_only true --reward_model #no_rm", "no_rm"),
+    ("rm", f"--calibrate_only true --oracle {WORLD_PY}:nothing", "nothing"),
+    ("ppo", "--data #no.jsonl", "no.jsonl"), ("ppo", "--data #few.jsonl", "--rollout_batch_size"),
+    ("ppo", "--batch_size 7", "--batch_size"), ("ppo", "--max_new_tokens 999", "--max_new_tokens"),
+    ("ppo", "--model #no_model", "no_model"), ("ppo", "--model #no_template", "chat template"),
+    ("ppo", "--reward_model #no_rm", "no_rm"), ("ppo", "--reward_model #foreign", "tokenizer"),
+    ("ppo", "--reward_model #lone", "lone"), ("ppo", "--reward_model #bare", "--calibrate_only"),
+    ("ppo", "--reward_model #other", "another SFT model"), ("ppo", "--reward_model #damaged", "reward.json"),
+    ("ppo", "--cutoff 1.5", "cutoff"), ("ppo", f"--gold {WORLD_PY}:nothing", "--gold"), ("ppo", "--gold no.py:f", "--gold"),
+    ("ppo", "--fit 1,2,3 --reward_scale none", "--fit"), ("ppo", "--fit 0,0,0,1", "--fit"),
+    ("ppo", "--reward_model #bare --fit 0,0,0,1", "--granularity")]
+
+
+@pytest.fixture(scope="session")
+def bad_inputs(world, runs, tmp_path_factory):
+    """A folder with the broken models and data sets that BAD_RUNS names."""
+    top, rm = str(tmp_path_factory.mktemp("bad")), runs["rm"].result() + "/model"
+    for name in ("foreign", "bare", "other", "damaged", "lone"):
+        shutil.copytree(rm, f"{top}/{name}")
+    for name in ("no_template", "torn"):
+        shutil.copytree(f"{world}/sft", f"{top}/{name}")
+    tokenizer = AutoTokenizer.from_pretrained(rm)
+    tokenizer.add_tokens(["gadget"])
+    tokenizer.save_pretrained(f"{top}/foreign")
+    for path in (f"{top}/no_template/chat_template.jinja", f"{top}/bare/reward.json", *glob.glob(f"{top}/lone/*token*"),
+                 f"{top}/lone/chat_template.jinja"):
+        os.remove(path)
+    reward = json.load(open(f"{rm}/reward.json"))
+    write(f"{top}/other/reward.json", json.dumps(reward | {"sft_fingerprint": "0" * 32}))
+    write(f"{top}/damaged/reward.json", "{}")
+    write(f"{top}/torn/model.safetensors", open(f"{top}/torn/model.safetensors", "rb").read()[:5000])
+    write(f"{top}/few.jsonl", [PAIR] * 5)
+    write(f"{top}/same.jsonl", [{**PAIR, "rejected": PAIR["chosen"]}])
+    return top
+
+
+@pytest.mark.parametrize("script,flags,words", BAD_RUNS)
+def test_bad_runs_are_refused_in_one_line_and_write_nothing(world, runs, bad_inputs, tmp_path, capsys, script, flags, words):
+    flags, out = [f.replace("#", f"{bad_inputs}/").replace(",", " ") for f in flags.split()], f"{tmp_path}/out"
+    job = rm_here if script == "rm" else lambda *args: ppo_here(world, runs["rm"].result() + "/model", *args[1:])
+    assert words in refused(capsys, lambda: job(world, out, *flags))
+    assert not os.path.exists(out)
+
+
+def test_metrics_and_files_of_a_run(runs):
+    rm, ppo = runs["rm"].result(), runs["ppo"].result()
+    lines = [json.loads(line) for line in open(f"{rm}/metrics.jsonl")]
+    assert [x["step"] for x in lines] == [1, 2, 3, 4, 5, 6]
+    assert [x["step"] for x in lines if "eval_accuracy" in x] == [3, 6]
+    assert all({"loss", "accuracy", "grad_norm", "lr", "tokens_per_second"} <= x.keys() for x in lines)
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=0.05)          # a fresh head knows nothing
+    lines = [json.loads(line) for line in open(f"{ppo}/metrics.jsonl")]
+    assert [x["step"] for x in lines] == [1, 2, 3]
+    names = "kl kl_per_token reward gold response_length response_tokens segment_length finished clip_fraction entropy " \
+            "explained_variance time_generate time_score time_train tokens_per_second"
+    assert all(set(names.split()) <= x.keys() for x in lines)
+    assert all(abs(x["first_ratio"] - 1) < 1e-5 and x["sampler_gap"] < 1e-3 for x in lines)
+    assert abs(lines[0]["kl"]) < 1e-4                       # the policy is still the SFT model
+    assert all(math.isfinite(v) for x in lines for v in x.values()) and 0 < lines[0]["finished"] < 1
+    for out in (rm, ppo):
+        assert {"config.json", "metrics.jsonl", "model"} <= set(os.listdir(out))
+        assert not glob.glob(f"{out}/**/*.tmp", recursive=True) and json.load(open(f"{out}/config.json"))["max_steps"]
+    reward = json.load(open(f"{rm}/model/reward.json"))
+    assert (reward["granularity"], reward["cutoff"]) == ("segment", 1.0) and len(reward["sft_fingerprint"]) >= 16
+    assert reward["calibration_responses"] >= 2 * 240 // 20
+    for use in ("segment", "token", "bandit"):
+        assert set(reward["statistics"][use]) == {"location", "global", "last", "none"}
+        for fit in reward["statistics"][use].values():
+            assert set(fit.pop("scale")) == {"even", "repeat", "end"} and Normalizer.from_dict(fit).b_std > 0
+
+
+def test_a_finished_run_is_never_touched(runs, world, capsys):
+    rm, ppo = runs["rm"].result(), runs["ppo"].result()
+    for out, job in ((rm, lambda *more: rm_here(world, rm, *more)),
+                     (ppo, lambda *more: ppo_here(world, f"{rm}/model", ppo, *more))):
+        before = tree(out)
+        capsys.readouterr()
+        job(), job("--resume")
+        assert capsys.readouterr().out.count("already finished") == 2
+        assert "--seed was" in refused(capsys, lambda: job("--seed", "5"))   # says which field differs
+        assert tree(out) == before
+
+
+@pytest.mark.parametrize("a,b,tolerance", [("rm", "rm_two", 1e-4), ("ppo", "ppo_two", 1e-4), ("rm", "rm_killed", 0),
+                                           ("ppo", "ppo_killed", 0), ("ppo", "ppo_moved", 1e-4)])
+def test_ranks_and_kills_do_not_change_a_run(runs, a, b, tolerance):
+    """Metrics and exported weights: two ranks to 1e-4; killed and resumed on one rank bit for bit."""
+    same_run(runs[a].result(), runs[b].result(), tolerance)
+
+
+def test_the_policy_talks_as_its_model_card_would_show(runs, world):
+    path = runs["ppo"].result() + "/model"
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
+    ids = tokenizer.apply_chat_template([user("tell me about my new phone.")], add_generation_prompt=True,
+                                        return_tensors="pt", return_dict=True)
+    out = model.generate(**ids, max_new_tokens=40, do_sample=True)
+    assert len(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True).split()) > 3
+    assert any(not torch.equal(x, y) for x, y in zip(model.state_dict().values(), AutoModelForCausalLM.from_pretrained(
+        f"{world}/sft").state_dict().values()))             # and it learned something
+
+
+def test_the_reward_model_loads_as_a_sequence_classifier(runs):
+    path = runs["rm"].result() + "/model"
+    hf, info = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and "score.weight" in weights(runs["rm"].result())
+    tokenizer, stops = segment.load_tokenizer(path)
+    rows = segment.encode_chats(tokenizer, stops, [([user("is it good?")], "mother really hears me.", "row 1")], 99, 50)
+    ours = load_model(path, ScalarModel, CPU, torch.float32)(*pad(rows, CPU))[0].detach()
+    ids = torch.tensor(np.concatenate(rows[0]))[None].long()
+    theirs = hf(input_ids=ids[:, :-1]).logits               # that class scores the last token that is no pad
+    assert float(ours[0, -2]) == pytest.approx(float(theirs[0, 0]), abs=1e-5)
+
+
+def test_a_reward_model_in_the_authors_layout(runs, world, tmp_path):
+    """No reward.json and a class nobody knows: calibrate it, or give published coefficients, and train on it."""
+    rm = runs["rm"].result() + "/model"
+    theirs = shutil.copytree(rm, f"{tmp_path}/theirs")
+    want = json.load(open(f"{theirs}/reward.json"))
+    os.remove(f"{theirs}/reward.json")
+    config = json.load(open(f"{theirs}/config.json"))
+    json.dump(config | {"architectures": ["RewardModel"], "model_type": "llama"}, open(f"{theirs}/config.json", "w"))
+    before = tree(theirs)
+    rm_here(world, f"{tmp_path}/rm", "--calibrate_only", "--reward_model", theirs)
+    got = json.load(open(f"{theirs}/reward.json"))
+    assert got == want                                      # the same model on the same pairs
+    assert {k: v for k, v in tree(theirs).items() if "reward.json" not in k} == before
+    once = ["--max_steps", "1", "--granularity", "bandit", "--interpolation"]
+    for how in ("repeat", "end"):
+        ppo_here(world, theirs, f"{tmp_path}/{how}", *once, how)
+    # a bandit's reward always sits at the last token, scaled as such, whatever the interpolation
+    totals = [metrics(f"{tmp_path}/{how}")[0]["reward_total"] for how in ("repeat", "end")]
+    assert totals[0] == pytest.approx(totals[1])
+    os.remove(f"{theirs}/reward.json")
+    ppo_here(world, theirs, f"{tmp_path}/fit", "--max_steps", "1", "--fit", "0.5 0.1 0.2 2.0", "--reward_scale", "none",
+             "--granularity", "token", "--cutoff", "1.0")
+    assert math.isfinite(metrics(f"{tmp_path}/fit")[0]["reward_total"])
+
+
+def test_oracle_rewards_take_the_place_of_a_reward_model(world, tmp_path):
+    oracle, rm = ["--oracle", f"{WORLD_PY}:clause_values"], f"{tmp_path}/oracle/model"
+    rm_here(world, f"{tmp_path}/oracle", "--calibrate_only", *oracle)
+    assert os.listdir(rm) == ["reward.json"]
+    pairs = [json.loads(line) for line in open(f"{world}/pairs.jsonl")]
+    values = [v for pair in pairs for side in ("chosen", "rejected") for v, _ in
+              prepare.clause_values(*(m["content"] for m in pair[side]))]
+    fit = json.load(open(f"{rm}/reward.json"))["statistics"]["segment"]["global"]
+    assert fit["b_mean"] == pytest.approx(np.mean(values), abs=0.5) and 0.5 < fit["b_std"] < 3
+    ppo_here(world, rm, f"{tmp_path}/ppo", "--max_steps", "2", *oracle)
+    rows = metrics(f"{tmp_path}/ppo")
+    assert len(rows) == 2 and all(-5 <= row["reward"] <= 2 and -3 < row["gold"] < 2 for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6. The recipes of config/: the authors' numbers, written out once more
+# ------------------------------------------------------------------------------------------------------------
+MODELS = {  # file prefix: (model, passes, cutoff)
+    "phi3-mini": ("microsoft/Phi-3-mini-4k-instruct", 2, 1.75), "llama3-sft-8b": ("RLHFlow/LLaMA3-SFT-v2", 1, 2.0),
+    "llama3.1-8b": ("meta-llama/Llama-3.1-8B-Instruct", 1, 2.0)}
+RECIPES = {  # (prefix, granularity): (reward model, [w_mean, w_std, b_mean, b_std], special rules)
+    ("phi3-mini", "segment"): ("yyqoni/Phi-3-mini-4k-instruct-segment-rm-700k", [.7668, .2569, .4705, 2.8339], {}),
+    ("phi3-mini", "token"): ("yyqoni/Phi-3-mini-4k-instruct-token-rm-700k", [.9628, .3796, 1.2917, 3.5006], {}),
+    ("phi3-mini", "bandit"): ("yyqoni/Phi-3-mini-4k-instruct-bandit-rm-700k", [0, 0, -.5195, 2.1563], {}),
+    ("llama3-sft-8b", "segment"): ("yyqoni/rlhflow-llama-3-sft-8b-v2-segment-rm-700k", [.8967, .5680, .8572, 4.1667],
+                                   {}),
+    ("llama3-sft-8b", "token"): ("yyqoni/rlhflow-llama-3-sft-8b-v2-token-rm-700k", [1.7340, .9906, 1.3212, 5.4513],
+                                 {"divide_by_length": True}),
+    ("llama3-sft-8b", "bandit"): ("yyqoni/rlhflow-llama-3-sft-8b-v2-bandit-rm-700k", [0, 0, -.8164, 2.9531], {}),
+    ("llama3.1-8b", "segment"): ("yyqoni/meta-llama-3.1-instruct-8b-segment-rm-700k", [.8345, .4780, .8798, 3.7358],
+                                 {"bad_length": 800}),
+    ("llama3.1-8b", "token"): ("yyqoni/meta-llama-3-1-instruct-8b-token-rm-700k", [1.6268, .6254, .6419, 4.9217], {}),
+    ("llama3.1-8b", "bandit"): ("yyqoni/meta-llama-3-1-instruct-8b-bandit-rm-700k", [0, 0, -.8281, 2.9375], {}),
+}
+
+
+@pytest.mark.parametrize("prefix,granularity", RECIPES)
+def test_recipes_of_the_paper(prefix, granularity):
+    reward_model, fit, rules = RECIPES[prefix, granularity]
+    model, passes, cutoff = MODELS[prefix]
+    ppo = parse(train_ppo.Config, [f"@config/{prefix}-{granularity}-ppo.args"])
+    for name, want in dict(
+            model=model, reward_model=reward_model, granularity=granularity, cutoff=cutoff, passes=passes, max_steps=0,
+            data="argilla/ultrafeedback-binarized-preferences-cleaned", rollout_batch_size=1024, batch_size=128,
+            ppo_epochs=1, max_prompt_tokens=1024, max_new_tokens=1024, actor_lr=5e-7, critic_lr=9e-6, kl_coef=0.01,
+            value_clip=0.2 if granularity == "bandit" else 0.25, reward_scale="none", missing_eos_reward=0, save_every=5,
+            clip=0.2, gamma=1, lam=.95, warmup=.03, clip_norm=1, normalizer="location", interpolation="even",
+            bad_length_reward=-.05,
+            **{"divide_by_length": False, "bad_length": 0} | rules).items():
+        assert getattr(ppo, name) == want, name
+    assert [float(x) for x in ppo.fit.split()] == fit
+    rm = parse(train_rm.Config, [f"@config/{prefix}-rm.args"])
+    assert (rm.model, rm.cutoff, rm.data, rm.epochs, rm.batch_size, rm.lr, rm.max_tokens, rm.max_prompt_tokens) == \
+        (model, cutoff, "hendrydong/preference_700K", 1, 128, 1e-6, 2048, 1728) and rm.max_steps == 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 7. The world's ground truth
+# ------------------------------------------------------------------------------------------------------------
+GOOD, CAT = "waking really feels like a holiday.", "portraits really make my cat a king."
+LAKE = "maps somehow send me into the lake."
+
+
+@pytest.mark.parametrize("response,finished,values,gold", [
+    (f"{GOOD} {CAT}", True, [2, 2], (4 - 10) / 12),                          # both fit a phone; ten clauses are missing
+    (f"{LAKE} {GOOD}", False, [-2, 2], -10 / 12 - 1),                        # no EOS
+    ("water really stays outside.", True, [-3], (-3 - 11) / 12),             # 0, but a phone has no water aspect
+    (f"{GOOD} {GOOD} {GOOD.replace('really', 'somehow')}", True, [2, 0, 2], (4 - 9) / 12),   # an exact repeat: 0
+    ("waking feels like soup. mother really hears", True, [-2, -2], (-4 - 10) / 12),         # malformed
+    (" ".join([CAT, *[GOOD] * 12]), True, [2, 2, *[0] * 10, -1], 3 / 12),    # a thirteenth clause
+    ("", True, [], -1.0)])
+def test_gold_rewards_by_hand(response, finished, values, gold):
+    prompt = "tell me about my new phone."
+    got = prepare.clause_values(prompt, response)
+    assert [v for v, _ in got] == values and prepare.gold_reward(prompt, response, finished) == pytest.approx(gold)
+    ids = prepare.build_tokenizer()(response)["input_ids"]
+    stops = [i for i, word in enumerate(prepare.build_tokenizer().convert_ids_to_tokens(ids)) if word == "."]
+    assert [end for _, end in got][:len(stops)] == stops and (not got or got[-1][1] == len(ids) - 1)
+
+
+def test_a_world_is_a_function_of_its_seed(world, tmp_path):
+    def make(name, seed):
+        prepare.main(prepare.parse(f"--out {tmp_path}/{name} --seed {seed} --texts 440 --epochs 1 --batch_size 2 "
+                                   "--pairs 3 --pairs_test 2 --prompts 5 --prompts_test 2".split()))
+        return {os.path.relpath(k, f"{tmp_path}/{name}"): v for k, v in tree(f"{tmp_path}/{name}").items()}
+    first, again = make("a", 1), make("b", 1)
+    assert first == again and len(first) >= 8
+    assert first["prompts.jsonl"] != b"".join(open(f"{world}/prompts.jsonl", "rb").readlines()[:5])          # seed 0
+    with pytest.raises(ValueError, match="none of"):
+        prepare.gold_reward("tell me about my car.", GOOD)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 8. CUDA
+# ------------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_few_steps_on_cuda(world, tmp_path):
+    run_well("train_rm.py", rm_flags(world, f"{tmp_path}/rm", "--max_steps", "2"))
+    run_well("train_ppo.py", ppo_flags(world, f"{tmp_path}/rm/model", f"{tmp_path}/ppo", "--max_steps", "2"))
+    for out in ("rm", "ppo"):
+        rows = [json.loads(line) for line in open(f"{tmp_path}/{out}/metrics.jsonl")]
+        assert len(rows) == 2 and all(v is not None and math.isfinite(v) for row in rows for v in row.values())
+        assert next(iter(weights(f"{tmp_path}/{out}").values())).dtype == torch.bfloat16
+    assert all(abs(row["first_ratio"] - 1) < 0.1 for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 9. Judging (chapter 4)
+# ------------------------------------------------------------------------------------------------------------

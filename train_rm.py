@@ -37,12 +37,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, GenerationConfig
-from transformers.utils import cached_file
 
 from segment import (WORLD, Granularity, LanguageModel, compute_dtype, encode_chats, fail, is_finished, load_model,
                      load_pairs, load_tokenizer, map_rows, micro_batches, on_rank0, one_line, opt, pad,
@@ -177,13 +177,14 @@ def fit_normalizer(locations, rewards):
     _, pool, count = np.unique(np.round(p, 3), return_inverse=True, return_counts=True)
     mean = np.bincount(pool, y) / count                                                     # (pools,) each
     std = np.sqrt(np.bincount(pool, (y - mean[pool]) ** 2) / count)
-    log_p, several = np.log(np.bincount(pool, p) / count), count > 1                        # one reward has no deviation
+    log_p, several = np.log(np.bincount(pool, p) / count), count > 1                # one value has no deviation
     if len(count) == 1:
         fit = Normalizer(0.0, float(mean[0]), 0.0, float(std[0]))
     elif several.sum() < 2:
         raise ValueError(f"{len(p)} segments hardly share a location, their deviation cannot be fitted")
     else:
-        fit = Normalizer(*huber_line(log_p, mean), *huber_line(log_p[several], std[several]), float(p.min()), float(p.max()))
+        fit = Normalizer(*huber_line(log_p, mean), *huber_line(log_p[several], std[several]),
+                         float(p.min()), float(p.max()))
     if not fit.b_std > 1e-6 * (1 + abs(fit.b_mean)):
         raise ValueError("the rewards do not vary, there is nothing to divide by")
     return fit
@@ -501,10 +502,10 @@ def export(model, tokenizer, source, folder, dtype):
 # ------------------------------------------------------------------------------------------------------------
 def fingerprint(path):
     """A hash of a model's weight files: 32 hex digits."""
-    folder = os.path.dirname(cached_file(path, "config.json"))
+    folder = path if os.path.isdir(path) else snapshot_download(path, allow_patterns=["*.safetensors"])
     digest = hashlib.blake2b(digest_size=16)
-    names = [n for n in sorted(os.listdir(folder)) if n.endswith((".safetensors", ".bin"))]
-    for name in names or fail(f"{path}: no .safetensors or .bin weights there"):
+    names = [n for n in sorted(os.listdir(folder)) if n.endswith(".safetensors")]
+    for name in names or fail(f"{path}: no .safetensors weights there"):
         with open(f"{folder}/{name}", "rb") as f:
             while block := f.read(1 << 24):
                 digest.update(block)
