@@ -48,7 +48,7 @@ from segment import (WORLD, LanguageModel, compute_dtype, encode_chats, encode_p
                      load_pairs, load_prompts, load_tokenizer, map_rows, on_rank0, one_line, opt, prepare_world, rank,
                      read_config, read_rows, say, segment_ends, segment_texts, sequence_score, setup, start, tokenize)
 from train_rm import ScalarModel, fingerprint, load_function, log_metrics, read_json, write_json, write_text
-from train_ppo import generate, never_sampled, prompt_text
+from train_ppo import draw_luck, generate, never_sampled, prompt_text
 
 
 def several(default, help):
@@ -535,8 +535,7 @@ def answer(cfg, source, chats, side, cache, device):
         lengths = torch.zeros(len(block), dtype=torch.long, device=device)                           # (b,)
         mine = list(range(len(block)))[rank()::ranks]
         if mine:
-            rng = [np.random.default_rng([cfg.seed, 3, side, block[i]]) for i in mine]
-            luck = torch.from_numpy(np.stack([g.random(R, dtype=np.float32) for g in rng]))
+            luck = draw_luck([(cfg.seed, 3, side, block[i]) for i in mine], R)                       # (b, R)
             ids = [prompts[block[i]] for i in mine]
             tokens[mine], _, lengths[mine] = generate(hf, ids, stops, R, luck, cfg.temperature, banned)
         dist.all_reduce(tokens)

@@ -30,6 +30,7 @@ import re
 import shlex
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -210,7 +211,8 @@ def parse(Config, argv=None):
             fail(f"--{name} {value}: must be a finite number")
         if isinstance(value, (int, float)) and value < 0 and not name.endswith("_reward"):
             fail(f"--{name} {value}: must not be negative")
-    for name in ("micro_tokens", "batch_size", "rollout_batch_size", "max_tokens", "max_new_tokens"):
+    for name in ("micro_tokens", "batch_size", "rollout_batch_size", "generation_batch_size", "max_tokens",
+                 "max_new_tokens", "ppo_epochs", "epochs", "save_every", "eval_every", "sample_every"):
         if getattr(cfg, name, 1) < 1:
             fail(f"--{name} {getattr(cfg, name)}: must be at least 1")
     return cfg
@@ -369,7 +371,7 @@ def micro_batches(lengths, budget, ranks=1):
         else:
             batches.append([i])
     while len(batches) % ranks:                                 # split the largest; if no row is left to give,
-        big = max(batches, key=lambda b: (len(b) > 1) * lengths[b[0]] * len(b))    # an empty one (a dummy forward)
+        big = max(batches, key=lambda b: len(b) > 1 and lengths[b[0]] * len(b))    # an empty one (a dummy forward)
         batches.append([big.pop() for _ in range(len(big) // 2)][::-1])
     return batches
 
@@ -423,9 +425,10 @@ def _rows(source):
     if not os.path.exists(source) and (re.search(r"\.(jsonl?|parquet)(\.gz)?$", source) or source[:1] in "./~"):
         fail(f"{source}: no such file")
     if not re.search(r"\.jsonl?(\.gz)?$", source):
-        import datasets                                          # only here: .json(l) must work without the package
-        datasets.disable_progress_bars()
         try:
+            import datasets                                      # only here: .json(l) must work without the package
+            datasets.disable_progress_bars()
+            datasets.logging.set_verbosity(50)
             if source.endswith(".parquet"):
                 yield from datasets.Dataset.from_parquet(source)
             elif os.path.isdir(source):
@@ -449,8 +452,8 @@ def _rows(source):
                 if text.strip():
                     yield json.loads(text)
     except json.JSONDecodeError as e:
-        fail(f"{source} line {line}: not valid JSON ({e.msg})")
-    except (OSError, EOFError, UnicodeDecodeError) as e:
+        fail(f"{source} line {max(line, e.lineno)}: not valid JSON ({e.msg})")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
         fail(f"{source} line {line}: cannot be read ({one_line(e)})")
 
 
@@ -462,6 +465,8 @@ def messages_of(value, where, role):
     for m in value:
         if not isinstance(m, dict) or not isinstance(m.get("content"), str) or not isinstance(m.get("role"), str):
             fail(f"{where}: every message needs a role and a content that are strings")
+        if m["role"] not in ("system", "user", "assistant", "tool"):
+            fail(f"{where}: the role {m['role']!r} is none of system, user, assistant, tool")
     return [{"role": m["role"], "content": m["content"].encode("utf-8", "replace").decode()} for m in value]
 
 

@@ -3,9 +3,8 @@
 1. functions against literal loops and closed forms      5. a tiny world: runs as a user starts them, killed, resumed
 2. chat encoding                                         6. the recipes of config/
 3. sampling                                              7. the world's ground truth
-4. data and flags that must be refused                   8. CUDA, where there is one
+4. data and flags that must be refused                   8. CUDA, where there is one; 9. judging; 10. the main job
 """
-import copy
 import doctest
 import glob
 import gzip
@@ -13,12 +12,17 @@ import importlib.util
 import json
 import math
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")               # two runs at a time, one thread each
 os.environ["HF_HUB_OFFLINE"] = "1"                          # nothing here may reach the network
@@ -32,6 +36,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
                           LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast,
                           Qwen2Config, Qwen2ForCausalLM)
 
+import evaluate as E
 import segment
 import train_ppo
 import train_rm
@@ -504,7 +509,7 @@ def test_a_template_that_ends_turns_with_no_stop_token_is_refused(families, caps
     chats = [([user("is it good?")], "good.", f"row {n}") for n in range(3)]
     tokenizer.chat_template = FAMILIES["phi3"][3].replace("{{ eos_token }}", "")
     assert "no stop token" in refused(capsys, lambda: segment.encode_chats(tokenizer, torch.tensor([2]), chats, 99, 50))
-    tokenizer.chat_template = "{{ messages | map(attribute='content') | join }}{% if add_generation_prompt %}?{% endif %}"
+    tokenizer.chat_template = "{{ messages[0].content }}{% if add_generation_prompt %}?{% endif %}"
     assert "row 0" in refused(capsys, lambda: segment.encode_chats(tokenizer, stops, chats, 99, 50))
 
 
@@ -523,7 +528,7 @@ def sampling_case(folder, B=9, R=24):
     very different steps, so that rows leave the batch all the time."""
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prompts = [p for p, _ in random_chats(hf.config.vocab_size, seed=1, B=B)]
-    luck = torch.rand(B, R, generator=torch.Generator().manual_seed(2))
+    luck = torch.randint(2 ** 62, (B, R), generator=torch.Generator().manual_seed(2))
     return hf, prompts, torch.arange(6, hf.config.vocab_size, 10), R, luck
 
 
@@ -565,8 +570,7 @@ def test_samples_follow_the_softmax_and_never_hold_a_banned_token(families, temp
     V = hf.config.vocab_size
     assert banned.nonzero()[:, 0].tolist() == [0, 1, 3, 4, 5, V - 3, V - 2, V - 1]   # specials but EOS; no token at all
     n = 4000
-    luck = torch.rand(n, 1, generator=torch.Generator().manual_seed(8))
-    luck[:2, 0] = torch.tensor([0.0, 1 - 2 ** -24])         # the edges of the distribution
+    luck = torch.randint(2 ** 62, (n, 1), generator=torch.Generator().manual_seed(8))
     tokens, logps, _ = generate(hf, [prompts[0]] * n, stops, 1, luck, temperature, banned)
     logits = hf(torch.tensor(prompts[0]).long()[None]).logits[0, -1].float()
     p = (logits / temperature).masked_fill(banned, -math.inf).softmax(-1).detach()
@@ -818,13 +822,13 @@ def runs(world, tmp_path_factory):
         """SIGKILL in the entropy pass, SIGTERM in a step, SIGKILL in a save, and a half-written checkpoint."""
         out = f"{top}/rm_killed"
         flags = rm_flags(world, out)
-        assert kill("train_rm.py", flags, lambda: os.path.exists(f"{out}/config.json"), signal.SIGKILL) == -9
+        assert kill("train_rm.py", flags, lambda: os.path.exists(f"{out}-cache"), signal.SIGKILL) == -9
         assert not os.path.exists(f"{out}/model") and not steps_logged(out)
-        assert run("train_rm.py", flags)[0] == 2            # an unfinished run wants --resume
-        flags.append("--resume")
-        assert kill("train_rm.py", flags, lambda: steps_logged(out) >= 1, signal.SIGTERM) == 128 + signal.SIGTERM
+        assert kill("train_rm.py", flags + ["--resume"], lambda: steps_logged(out) >= 1, signal.SIGTERM) == 143
         assert len(glob.glob(f"{out}/checkpoint/step_*")) == 1 and os.path.exists(f"{out}/model/config.json")
         before = steps_logged(out)
+        assert run("train_rm.py", flags)[0] == 2            # an unfinished run wants --resume
+        flags.append("--resume")
         assert kill("train_rm.py", flags, lambda: glob.glob(f"{out}/checkpoint/*.tmp"), signal.SIGKILL) == -9
         assert before < steps_logged(out) <= 6
         os.makedirs(f"{out}/checkpoint/step_99.tmp")
@@ -851,7 +855,7 @@ def runs(world, tmp_path_factory):
         """Stopped on one rank by SIGTERM, resumed on two."""
         out = f"{top}/ppo_moved"
         flags = ppo_flags(world, started["rm"].result() + "/model", out, "--resume")
-        assert kill("train_ppo.py", flags, lambda: steps_logged(out) >= 1, signal.SIGTERM) == 128 + signal.SIGTERM
+        assert kill("train_ppo.py", flags, lambda: steps_logged(out) >= 1, signal.SIGTERM) == 143
         assert steps_logged(out) < 3
         run_well("train_ppo.py", flags, ranks=2)
         return out
@@ -892,7 +896,7 @@ BAD_RUNS = [  # changed flags of a good run (# is the test's folder), words of t
     ("ppo", "--reward_model #no_rm", "no_rm"), ("ppo", "--reward_model #foreign", "tokenizer"),
     ("ppo", "--reward_model #lone", "lone"), ("ppo", "--reward_model #bare", "--calibrate_only"),
     ("ppo", "--reward_model #other", "another SFT model"), ("ppo", "--reward_model #damaged", "reward.json"),
-    ("ppo", "--cutoff 1.5", "cutoff"), ("ppo", f"--gold {WORLD_PY}:nothing", "--gold"), ("ppo", "--gold no.py:f", "--gold"),
+    ("ppo", "--cutoff 1.5", "cutoff"), ("ppo", "--gold no.py:f", "--gold"),
     ("ppo", "--fit 1,2,3 --reward_scale none", "--fit"), ("ppo", "--fit 0,0,0,1", "--fit"),
     ("ppo", "--reward_model #bare --fit 0,0,0,1", "--granularity")]
 
@@ -921,11 +925,11 @@ def bad_inputs(world, runs, tmp_path_factory):
 
 
 @pytest.mark.parametrize("script,flags,words", BAD_RUNS)
-def test_bad_runs_are_refused_in_one_line_and_write_nothing(world, runs, bad_inputs, tmp_path, capsys, script, flags, words):
+def test_bad_runs_are_refused_in_one_line(world, runs, bad_inputs, tmp_path, capsys, script, flags, words):
     flags, out = [f.replace("#", f"{bad_inputs}/").replace(",", " ") for f in flags.split()], f"{tmp_path}/out"
     job = rm_here if script == "rm" else lambda *args: ppo_here(world, runs["rm"].result() + "/model", *args[1:])
     assert words in refused(capsys, lambda: job(world, out, *flags))
-    assert not os.path.exists(out)
+    assert not os.path.exists(out)                          # and nothing is written
 
 
 def test_metrics_and_files_of_a_run(runs):
@@ -937,8 +941,8 @@ def test_metrics_and_files_of_a_run(runs):
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=0.05)          # a fresh head knows nothing
     lines = [json.loads(line) for line in open(f"{ppo}/metrics.jsonl")]
     assert [x["step"] for x in lines] == [1, 2, 3]
-    names = "kl kl_per_token reward gold response_length response_tokens segment_length finished clip_fraction entropy " \
-            "explained_variance time_generate time_score time_train tokens_per_second"
+    names = "kl kl_per_token reward gold response_length response_tokens segment_length finished clip_fraction " \
+            "entropy explained_variance time_generate time_score time_train tokens_per_second"
     assert all(set(names.split()) <= x.keys() for x in lines)
     assert all(abs(x["first_ratio"] - 1) < 1e-5 and x["sampler_gap"] < 1e-3 for x in lines)
     assert abs(lines[0]["kl"]) < 1e-4                       # the policy is still the SFT model
@@ -994,7 +998,7 @@ def test_the_reward_model_loads_as_a_sequence_classifier(runs):
     ours = load_model(path, ScalarModel, CPU, torch.float32)(*pad(rows, CPU))[0].detach()
     ids = torch.tensor(np.concatenate(rows[0]))[None].long()
     theirs = hf(input_ids=ids[:, :-1]).logits               # that class scores the last token that is no pad
-    assert float(ours[0, -2]) == pytest.approx(float(theirs[0, 0]), abs=1e-5)
+    assert float(ours[0, -2]) == pytest.approx(theirs[0, 0].item(), abs=1e-5)
 
 
 def test_a_reward_model_in_the_authors_layout(runs, world, tmp_path):
@@ -1067,9 +1071,9 @@ def test_recipes_of_the_paper(prefix, granularity):
             model=model, reward_model=reward_model, granularity=granularity, cutoff=cutoff, passes=passes, max_steps=0,
             data="argilla/ultrafeedback-binarized-preferences-cleaned", rollout_batch_size=1024, batch_size=128,
             ppo_epochs=1, max_prompt_tokens=1024, max_new_tokens=1024, actor_lr=5e-7, critic_lr=9e-6, kl_coef=0.01,
-            value_clip=0.2 if granularity == "bandit" else 0.25, reward_scale="none", missing_eos_reward=0, save_every=5,
-            clip=0.2, gamma=1, lam=.95, warmup=.03, clip_norm=1, normalizer="location", interpolation="even",
-            bad_length_reward=-.05,
+            value_clip=0.2 if granularity == "bandit" else 0.25, reward_scale="none", missing_eos_reward=0,
+            save_every=5, clip=0.2, gamma=1, lam=.95, warmup=.03, clip_norm=1, normalizer="location",
+            interpolation="even", bad_length_reward=-.05,
             **{"divide_by_length": False, "bad_length": 0} | rules).items():
         assert getattr(ppo, name) == want, name
     assert [float(x) for x in ppo.fit.split()] == fit
@@ -1131,3 +1135,438 @@ def test_a_few_steps_on_cuda(world, tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 # 9. Judging (chapter 4)
 # ------------------------------------------------------------------------------------------------------------
+ALPACA = os.path.join(HERE, "..", "shared", "data", "alpaca_eval")
+needs_alpaca = pytest.mark.skipif(not os.path.isdir(ALPACA), reason="the published AlpacaEval data is not here")
+
+
+# ---- figures ------------------------------------------------------------------------------------------------
+def published(name):
+    with gzip.open(f"{ALPACA}/annotations/{name}.jsonl.gz", "rt") as f:
+        rows = [json.loads(line) for line in f]
+    gamed = {}
+    with gzip.open(f"{ALPACA}/gamed_baseline_surrogate.jsonl.gz", "rt") as f:
+        for row in map(json.loads, f):
+            gamed.setdefault(row["variant"], []).append(row)
+    with open(f"{ALPACA}/published.json") as f, open(f"{ALPACA}/instruction_difficulty.json") as g:
+        truth, difficulty = json.load(f)[name], json.load(g)
+    columns = lambda rows, p: [[r[c] for r in rows] for c in (p, "len_1", "len_2")]
+    return columns(rows, "preference"), difficulty, [(*columns(r, "preference_surrogate"), difficulty) for r in gamed.values()], truth
+
+
+@needs_alpaca
+@pytest.mark.parametrize("name", ["FuseChat-Llama-3.2-3B-Instruct", "claude-2.1", "vicuna-7b-v1.5", "gpt4_0613_concise"])
+def test_published_figures(name):
+    (y, a, b), difficulty, gamed, truth = published(name)
+    for key, value in E.win_rate(y).items():
+        assert value == pytest.approx(truth[key], abs=1e-6), key
+    lc = E.length_controlled_win_rate(y, a, b, difficulty, gamed)
+    assert abs(lc["length_controlled_winrate"] - truth["length_controlled_winrate"]) < 0.15
+    plain = E.length_controlled_win_rate(y, a, b)
+    y, a, b, d, rng, draws = *map(np.array, (y, a, b, difficulty)), np.random.default_rng(0), []
+    for _ in range(150):
+        i = rng.integers(0, len(y), len(y))
+        draws.append([E.length_controlled(y[i], a[i], b[i], d[i], gamed)[0], E.length_controlled(y[i], a[i], b[i])[0]])
+    ratio = np.array([lc["lc_standard_error"], plain["lc_standard_error"]]) / (100 * np.std(draws, axis=0))
+    assert (ratio > 0.8).all() and (ratio < 1.25).all(), ratio
+
+
+@needs_alpaca
+def test_annotations_alone(tmp_path):
+    names = ["claude-2.1", "vicuna-7b-v1.5"]
+    files = [f"{ALPACA}/annotations/{n}.jsonl.gz" for n in names]
+    cmd = [sys.executable, f"{HERE}/evaluate.py", "--annotations", *files, "--difficulty", f"{ALPACA}/instruction_difficulty.json",
+           "--gamed", f"{ALPACA}/gamed_baseline_surrogate.jsonl.gz", "--out", str(tmp_path)]
+    out = subprocess.run(cmd, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    table = [line.split(",") for line in (tmp_path / "leaderboard.csv").read_text().splitlines()]
+    assert [row[0] for row in table] == ["", *names] and table[0][1] == "win_rate" and table[0][10] == "length_controlled_winrate"
+    for name, row in zip(names, table[1:]):
+        truth = published(name)[3]
+        assert float(row[1]) == pytest.approx(truth["win_rate"], abs=1e-6) and int(row[9]) == truth["avg_length"]
+        assert abs(float(row[10]) - truth["length_controlled_winrate"]) < 0.15
+    assert out.stdout.count("outside 20-80 %") == 2 and "fewer than 15 %" in out.stdout
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    y, z = (np.array(published(n)[0][0]) for n in names)
+    assert summary["differences"][0]["standard_error"] == pytest.approx(100 * np.std(y - z, ddof=1) / math.sqrt(805))
+
+
+def test_win_rate_by_hand():
+    got = E.win_rate([2, 1, 1.5, 0, 1.8, None, math.nan])        # 0 is a legacy tie, the last two are dropped
+    assert got.pop("win_rate") == pytest.approx(100 * (1 + 0 + .5 + .5 + .8) / 5)
+    assert got.pop("standard_error") == pytest.approx(100 * np.std([1, 0, .5, .5, .8], ddof=1) / math.sqrt(5))
+    assert got == {"n_wins": 2, "n_wins_base": 1, "n_draws": 2, "n_total": 5, "discrete_win_rate": pytest.approx(60)}
+    one = E.win_rate([1.7])
+    assert one["win_rate"] == pytest.approx(70) and math.isnan(one["standard_error"])
+    for bad in ([], [None], [2.5], [0.5]):
+        with pytest.raises(ValueError):
+            E.win_rate(bad)
+
+
+def test_length_controlled_by_hand():
+    # t takes two values +-u, so the saturated fit is exact: logit p(+-u) = w0 +- wt u, and w0 is their mean
+    y, D = np.array([.9] * 4 + [.2] * 4), np.array([10.] * 4 + [-10.] * 4)
+    logit = lambda p: math.log(p / (1 - p))
+    w0 = (logit(.9) + logit(.2)) / 2
+    got = E.length_controlled_win_rate(list(y + 1), list(100 + D), [100] * 8)
+    assert got["length_controlled_winrate"] == pytest.approx(100 / (1 + math.exp(-w0)), abs=1e-6)
+    # a missing preference takes its own difficulty with it, not its neighbour's
+    rng = np.random.default_rng(1)
+    y, a, b, d = rng.random(40) + 1, rng.integers(50, 500, 40), rng.integers(50, 500, 40), rng.normal(size=40)
+    keep = np.arange(40) % 7 != 3
+    holes = [p if k else None for p, k in zip(y, keep)]
+    whole, part = (E.length_controlled_win_rate(*x) for x in ((holes, a, b, d), (y[keep], a[keep], b[keep], d[keep])))
+    assert whole == pytest.approx(part) and whole != pytest.approx(E.length_controlled_win_rate(y, a, b, d))
+    with pytest.raises(ValueError):
+        E.length_controlled_win_rate(y, a, b, d[:39])
+
+
+def test_length_controlled_degenerate():
+    raw = E.win_rate([2, 1, 1.2])
+    same = E.length_controlled_win_rate([2, 1, 1.2], [5, 7, 9], [6, 8, 10])                # std(D) = 0: nothing to control
+    assert same == {"length_controlled_winrate": raw["win_rate"], "lc_standard_error": pytest.approx(raw["standard_error"])}
+    assert E.length_controlled_win_rate([2, 2, 2], [1, 5, 2], [3, 1, 9]) == {"length_controlled_winrate": 100, "lc_standard_error": 0}
+    one = E.length_controlled_win_rate([1.3], [5], [9])
+    assert one["length_controlled_winrate"] == pytest.approx(30) and math.isnan(one["lc_standard_error"])
+    separable = E.length_controlled_win_rate([2, 2, 1, 1], [1, 2, 9, 8], [5, 5, 5, 5])     # the longer answer always wins
+    assert all(map(math.isnan, separable.values()))
+
+
+def test_wilson():
+    low, high = E.wilson(8, 10)
+    assert low == pytest.approx(49.02, abs=0.01) and high == pytest.approx(94.33, abs=0.01)
+    assert E.wilson(10, 10)[1] == pytest.approx(100) and E.wilson(10, 10)[0] > 60
+
+
+# ---- judges -------------------------------------------------------------------------------------------------
+class Server(ThreadingHTTPServer):
+    """Prefers the answer with more x. `trouble(number of the request, text)` -> None or what goes wrong."""
+    daemon_threads = True
+
+    def __init__(self, trouble=lambda n, text: None, logprobs=True):
+        self.trouble, self.logprobs, self.lock, self.requests, self.served, self.keys = trouble, logprobs, threading.Lock(), 0, [], set()
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text, s = body["messages"][0]["content"], self.server
+        with s.lock:
+            s.requests += 1
+            s.keys.add(self.headers.get("Authorization"))
+            trouble = s.trouble(s.requests, text)
+        a, b = (re.search(f"<answer {k}>\n(.*)\n</answer {k}>", text, re.S)[1].count("x") for k in "AB")
+        reply = "I cannot compare these." if trouble == "refuse" else "A" if a > b else "B"
+        choice = {"message": {"role": "assistant", "content": reply}}
+        if s.logprobs and "logprobs" in body:
+            top = [{"token": "A", "logprob": math.log(.8 if a > b else .3)}, {"token": " B", "logprob": math.log(.2 if a > b else .6)}]
+            choice["logprobs"] = {"content": [{"token": reply, "logprob": -1, "top_logprobs": top}]}
+        payload, status = json.dumps({"choices": [choice]}).encode(), trouble if isinstance(trouble, int) else 200
+        if trouble == "slow":
+            time.sleep(4)
+        if isinstance(trouble, int):
+            payload = f"no access with {self.headers.get('Authorization')}".encode()
+        if trouble == "cut":
+            return self.connection.close()
+        if trouble == "malformed":
+            payload = payload[:40]
+        if trouble is None:
+            with s.lock:
+                s.served.append(text)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(payload) + (100 if trouble == "short" else 0)))
+        self.end_headers()
+        try:
+            self.wfile.write(payload)
+        except OSError:
+            pass
+
+
+def config(tmp_path, **kw):
+    """Two files of outputs: no model is needed to test judges."""
+    n = kw.pop("n", 20)
+    rows = [[{"instruction": f"prompt {i}", "output": "x" * (i % 4 + 1) + text, "generator": text, "dataset": "d"} for i in range(n)]
+            for text in ("base", "xpolicy")]
+    for name, r in zip(("base", "policy"), rows):
+        (tmp_path / f"{name}.json").write_text(json.dumps(r))
+    return E.Config(**{"model": [f"{tmp_path}/policy.json"], "baseline": f"{tmp_path}/base.json", "data": f"{tmp_path}/base.json",
+                       "judge": "some-judge", "out": f"{tmp_path}/out", "show": 0, **kw})
+
+
+def lines(path):
+    return [json.loads(line) for line in open(path)]
+
+
+def test_endpoint_both_orders_and_label_probabilities(tmp_path):
+    server = Server()
+    E.main(config(tmp_path, api_base=server.url, n=4))
+    rows = json.load(open(tmp_path / "out/annotations.json"))
+    # the policy has one x more: as B it gets .6/.9, as A .8
+    assert [r["preference"] for r in rows] == pytest.approx([1 + (2 / 3 + .8) / 2] * 4)
+    assert server.requests == 8 and len(set(server.served)) == 8
+    assert set(rows[0]) == {"instruction", "output_1", "generator_1", "output_2", "generator_2", "preference", "annotator"}
+    assert (rows[0]["generator_1"], rows[0]["generator_2"]) == ("base", "policy")
+
+
+def test_endpoint_without_logprobs_refused_parameters_and_refusals(tmp_path):
+    server = Server(logprobs=False, trouble=lambda n, text: "refuse" if "prompt 2\n" in text else None)
+    E.main(config(tmp_path, api_base=server.url, n=4))
+    assert [r["preference"] for r in json.load(open(tmp_path / "out/annotations.json"))] == [2, 2, None, 2]
+    assert len(lines(tmp_path / "out/judgements.jsonl")) == 3 and json.load(open(tmp_path / "out/summary.json"))["failed"] == 1
+    assert server.requests == 6 + 3                              # a refusal is tried three times, then left out
+    server.trouble = lambda n, text: None
+    E.main(config(tmp_path, api_base=server.url, n=4))           # not finished, so the same command goes on: one pair
+    assert server.requests == 9 + 2 and json.load(open(tmp_path / "out/summary.json"))["failed"] == 0
+    E.main(config(tmp_path, api_base=server.url, n=4))           # finished: nothing is asked
+    assert server.requests == 11
+
+
+def test_endpoint_that_fails_a_third_of_the_time(tmp_path):
+    rng = random.Random(0)
+    kinds = ["slow", 429, 500, 503, "cut", "short", "malformed"]
+    server = Server(trouble=lambda n, text: rng.choice(kinds) if rng.random() < 0.3 else None)
+    E.main(config(tmp_path, api_base=server.url, n=60, timeout=2.5))
+    keys = [row["key"] for row in lines(tmp_path / "out/judgements.jsonl")]
+    assert len(keys) == len(set(keys)) == 60                     # each pair once
+    assert len(set(server.served)) == 120 and server.requests > 140
+    assert all(r["preference"] > 1.5 for r in json.load(open(tmp_path / "out/annotations.json")))
+
+
+def test_endpoint_that_never_works(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
+    server = Server(trouble=lambda n, text: 401)
+    with pytest.raises(SystemExit) as e:                         # a wrong key: no use in going on
+        E.main(config(tmp_path, api_base=server.url))
+    assert e.value.code == 2 and server.requests <= 16 and server.keys == {"Bearer sk-secret-123"}
+    server.shutdown(), server.server_close()
+    with pytest.raises(SystemExit):                              # nobody there
+        E.main(config(tmp_path, api_base=server.url, tries=2))
+    said = capsys.readouterr()
+    assert "HTTP 401" in said.err and "no answer" in said.err
+    everything = said.out + said.err + "".join(open(f).read() for f in (tmp_path / "out").glob("*") if f.is_file())
+    assert "sk-secret" not in everything
+
+
+def test_killed_run_continues_after_a_torn_line(tmp_path):
+    server = Server()
+    E.main(config(tmp_path, api_base=server.url, n=10))
+    first = json.load(open(tmp_path / "out/annotations.json"))
+    text = open(tmp_path / "out/judgements.jsonl").read().splitlines(keepends=True)
+    for name in ("annotations.json", "summary.json", "leaderboard.csv", "config.json"):
+        os.unlink(tmp_path / "out" / name)
+    (tmp_path / "out/judgements.jsonl").write_text("".join(text[:6]) + text[6][:30])
+    E.main(config(tmp_path, api_base=server.url, n=10))
+    assert server.requests == 20 + 2 * 4 and json.load(open(tmp_path / "out/annotations.json")) == first
+    assert len(E.Cache.read(tmp_path / "out/judgements.jsonl")) == 10
+
+
+def test_identical_outputs_are_a_draw_without_a_call(tmp_path):
+    server, cfg = Server(), config(tmp_path, n=3)
+    E.main(replace(cfg, model=[cfg.baseline], api_base=server.url))
+    assert server.requests == 0
+    assert [r["preference"] for r in json.load(open(tmp_path / "out/annotations.json"))] == [1.5] * 3
+
+
+@pytest.mark.parametrize("text,label", [("A", "A"), (" B.", "B"), ("**A**", "A"), ("Answer: B", "B"), ("The better answer is A.", "A"),
+                                        ("B\nbecause", "B"), ("A good question", None), ("I can't say", None), ("", None), ("AB", None)])
+def test_reading_a_verdict(text, label):
+    choice = {"message": {"content": text}, "logprobs": None}
+    if label:
+        assert E.read_verdict(choice) == float(label == "B")
+    else:
+        with pytest.raises(E.Failed):
+            E.read_verdict(choice)
+
+
+def test_several_policies_function_judge_and_protected_folder(tmp_path, capsys):
+    (tmp_path / "judge.py").write_text("def score(prompt, response):\n    return min(response.count('x'), 3)\n")
+    cfg = config(tmp_path, n=8, judge=f"{tmp_path}/judge.py:score")
+    cfg.model = [cfg.model[0], cfg.baseline]
+    E.main(cfg)
+    rows = {r["generator_2"]: [] for r in json.load(open(tmp_path / "out/annotations.json"))}
+    for r in json.load(open(tmp_path / "out/annotations.json")):
+        rows[r["generator_2"]].append(r["preference"])
+    assert rows == {"policy": [2, 2, 1.5, 1.5] * 2, "base": [1.5] * 8}
+    difference = json.load(open(tmp_path / "out/summary.json"))["differences"][0]
+    assert difference["policy"] == "policy" and difference["win_rate"] == 25 and difference["n"] == 8
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()}
+    E.main(cfg)
+    with pytest.raises(SystemExit) as e:
+        E.main(replace(cfg, seed=1))
+    assert e.value.code == 2 and before == {f: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()}
+    assert "already finished" in capsys.readouterr().out
+
+
+def test_bad_input(tmp_path, capsys):
+    cfg = config(tmp_path, judge=f"{tmp_path}/judge.py:score")
+    (tmp_path / "judge.py").write_text("def score(prompt, response):\n    return float('nan')\n")
+    (tmp_path / "bad.json").write_text(json.dumps([{"preference": 3, "len_1": 1, "len_2": 2}]))
+    for change, word in ((dict(judge="nowhere.py:f"), "nowhere.py"), (dict(), "no scores"), (dict(model=[f"{tmp_path}/nowhere"]), "nowhere"),
+                         (dict(model=["nowhere.json"]), "nowhere.json"), (dict(annotations=[f"{tmp_path}/bad.json"]), "row 1"),
+                         (dict(temperature=-1.0), "--temperature"), (dict(api_base="http://key@host/v1"), "--api_base")):
+        with pytest.raises(SystemExit) as e:
+            E.main(replace(cfg, **change))
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and word in err and err.count("\n") == 1, (change, err)
+
+
+# ---- models -------------------------------------------------------------------------------------------------
+WORDS = "A B one two three four five six good bad user".split()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A random Llama with a chat template, and a reward model of the same body."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+    folder = tmp_path_factory.mktemp("tiny")
+    vocab = {w: i for i, w in enumerate(["<unk>", "<eos>", *WORDS])}
+    tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tok = PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>", eos_token="<eos>")
+    tok.chat_template = "{% for m in messages %}{{ 'user ' if m.role == 'user' else '' }}{{ m.content }}{{ ' <eos> ' }}{% endfor %}"
+    small = dict(vocab_size=len(vocab), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                 max_position_embeddings=256, eos_token_id=1, pad_token_id=1)
+    torch.manual_seed(0)
+    for name, kind in (("a", LlamaForCausalLM), ("b", LlamaForCausalLM), ("rm", LlamaForSequenceClassification)):
+        model = kind(LlamaConfig(**small, num_labels=1))
+        for p in model.parameters():
+            p.data.normal_(std=0.5)
+        model.save_pretrained(folder / name)
+        tok.save_pretrained(folder / name)
+    with open(folder / "prompts.jsonl", "w") as f:
+        for i in range(12):
+            words = " ".join(WORDS[2 + (i * 5 + k) % 9] for k in range(i % 5 + 1))
+            f.write(json.dumps({"prompt": [{"role": "user", "content": words}] if i % 3 else words}) + "\n")
+    return folder
+
+
+def evaluate_run(tiny, out, **kw):
+    cfg = E.Config(**{"model": [f"{tiny}/a"], "baseline": f"{tiny}/b", "data": f"{tiny}/prompts.jsonl", "judge": f"{tiny}/rm", "show": 0,
+                      "max_prompt_tokens": 16, "max_new_tokens": 12, "out": str(out), **kw})
+    E.main(cfg)
+    return json.load(open(f"{out}/annotations.json"))
+
+
+def test_end_to_end_with_a_reward_model(tiny, tmp_path):
+    reward = {"granularity": "segment", "cutoff": 2.0, "sft_model": f"{tiny}/b", "sft_fingerprint": E.fingerprint(f"{tiny}/b")}
+    (tiny / "rm/reward.json").write_text(json.dumps(reward))
+    rows = evaluate_run(tiny, tmp_path / "one", html=True)
+    for r in rows:
+        assert r["preference"] == pytest.approx(1 + 1 / (1 + math.exp(r["score_1"] - r["score_2"])))
+    assert len({r["score_2"] for r in rows}) > 6 and {r["generator_2"] for r in rows} == {"a"}
+    page = open(tmp_path / "one/index.html").read()
+    assert page.count("<article>") == 12 and page.count("<span style=") >= 12
+    # killed while generating and judging: the same numbers, and what was there is not made again
+    for name in ("generations", "judgements"):
+        text = open(tmp_path / f"one/{name}.jsonl").read()
+        os.makedirs(tmp_path / "two", exist_ok=True)
+        (tmp_path / f"two/{name}.jsonl").write_text(text[:len(text) // 2])
+    assert evaluate_run(tiny, tmp_path / "two", generation_batch_size=5) == rows
+    assert len(open(tmp_path / "two/generations.jsonl").readlines()) in (24, 25)
+    assert evaluate_run(tiny, tmp_path / "three", seed=1) != rows
+
+
+def test_greedy_is_the_same_for_any_batch_and_differs_from_sampling(tiny, tmp_path):
+    runs = [evaluate_run(tiny, tmp_path / str(n), temperature=0.0, generation_batch_size=n, seed=n) for n in (1, 5, 12)]
+    assert runs[0] == runs[1] == runs[2]
+    (tmp_path / "same.jsonl").write_text('{"prompt": "one two"}\n' * 8)
+    greedy, sampled = (evaluate_run(tiny, tmp_path / f"same{t}", data=f"{tmp_path}/same.jsonl", temperature=t) for t in (0.0, 1.0))
+    assert len({r["output_2"] for r in greedy}) == 1 and len({r["output_2"] for r in sampled}) > 4
+
+
+def test_chat_model_as_judge(tiny, tmp_path):
+    rows = evaluate_run(tiny, tmp_path / "out", judge=f"{tiny}/a", max_new_tokens=6, max_samples=6)
+    assert all(1 < r["preference"] < 2 for r in rows if r["output_1"] != r["output_2"])
+    from transformers import AutoModelForCausalLM
+    tok, _ = E.load_tokenizer(f"{tiny}/a")
+    model, p = AutoModelForCausalLM.from_pretrained(f"{tiny}/a"), []
+    r = next(r for r in rows if r["output_1"] != r["output_2"])
+    for text in E.questions(r):
+        ids = tok(tok.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True),
+                  add_special_tokens=False, return_tensors="pt").input_ids
+        p.append(model(input_ids=ids).logits[0, -1, [2, 3]].softmax(-1)[1].item())     # A is 2, B is 3
+    assert r["preference"] == pytest.approx(1 + (p[0] + 1 - p[1]) / 2, abs=1e-5)
+
+
+def test_pair_accuracy(tmp_path, capsys):
+    (tmp_path / "judge.py").write_text("def score(prompt, response):\n    return len(response)\n")
+    rows = [{"prompt": "p", "chosen": c, "rejected": r, "subset": s} for c, r, s in
+            (("long one", "short", "s1"), ("tiny", "much longer", "s2"), ("also longer", "no", "s2"), ("same!", "equal", "s1"))]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    E.main(E.Config(pairs=True, data=f"{tmp_path}/pairs.jsonl", judge=f"{tmp_path}/judge.py:score", out=f"{tmp_path}/out"))
+    got = {k: (v["accuracy"], v["n"]) for k, v in json.load(open(tmp_path / "out/pairs.json")).items()}
+    assert got == {"all": (62.5, 4), "chosen is longer": (100, 2), "chosen is shorter": (0, 1), "same length": (50, 1),
+                   "s1": (75, 2), "s2": (50, 2)}
+
+
+def test_page_escapes(tmp_path):
+    evil = "<script>alert('1')</script>&\ud800\"><img src=x onerror=a>"
+    rows = [{"instruction": evil, "output_1": evil, "output_2": evil, "generator_1": evil, "generator_2": evil, "preference": 1.5,
+             "len_1": 3, "len_2": 4}]
+    table, differences = E.figures({evil: rows})
+    page = E.page(E.Config(judge=evil), table, differences, {evil: rows}, {(evil, 0): [(evil, 0.5)]})
+    assert "<script" not in page and "<img" not in page and page.count("&lt;script&gt;") >= 7
+    assert "http" not in page.replace("http-equiv", "") and "src=x onerror" in page
+    page.encode("utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 10. The main job: what the README's first command must reach (`pytest test_all.py -k acceptance -s` prints it)
+# ------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def main_job():
+    """The three stages with default arguments, in ./out; each says that it is done when it has been run before."""
+    for script in ("train_rm.py", "train_ppo.py", "evaluate.py"):
+        subprocess.run([sys.executable, script], cwd=HERE, check=True)
+
+
+def test_acceptance(main_job, capsys, monkeypatch):
+    monkeypatch.chdir(HERE)
+    world = json.load(open("data/reviews/world.json"))
+    ppo = [json.loads(line) for line in open("out/ppo/metrics.jsonl")]
+    (row,) = csv.DictReader(open("out/eval/leaderboard.csv"))
+    device = segment.setup()
+    tokenizer, stops = segment.load_tokenizer("data/reviews/sft")
+    pairs = list(segment.load_pairs("data/reviews/pairs_test.jsonl"))
+    rows = segment.encode_chats(tokenizer, stops, [(p, r, w) for p, *both, w in pairs for r in both], 256, 128)
+    sft = segment.load_model("data/reviews/sft", segment.LanguageModel, device, torch.float32)
+    rm = segment.load_model("out/rm/model", train_rm.ScalarModel, device, torch.float32)
+    entropy, values = (segment.map_rows(m, rows, 16384, device)[k] for m, k in ((sft, 2), (rm, 0)))       # (B, R)
+    mask = torch.arange(entropy.shape[1]) < torch.tensor([[len(r)] for _, r in rows])
+    gold = torch.full(entropy.shape, torch.nan)                           # value of the clause that ends here
+    for b, (prompt, response) in enumerate((p, r) for p, *both, _ in pairs for r in both):
+        for value, end in prepare.clause_values(prompt[-1]["content"], response):
+            gold[b, end] = value
+    done, true = segment.is_finished(rows, stops), ~gold.isnan()
+
+    def f1(cutoff):
+        ends = segment.segment_ends(entropy, mask, done, cutoff, "segment")
+        return float(2 * (ends & true).sum() / (ends.sum() + true.sum()))
+    ends = segment.segment_ends(entropy, mask, done, 1.0, "segment")
+    score = segment.sequence_score(values, ends)
+    better = torch.tensor([prepare.gold_reward(p[-1]["content"], a) - prepare.gold_reward(p[-1]["content"], b)
+                           for p, a, b, _ in pairs])
+    order = ((score[0::2] - score[1::2]) * better > 0)[better != 0].float().mean()
+    correlation = torch.corrcoef(torch.stack([values[ends & true], gold[ends & true]]))[0, 1]
+    late = np.mean([m["gold"] for m in ppo[-3:]])
+    scale = {use: json.load(open("out/rm/model/reward.json"))["statistics"][use]["location"]["scale"]["even"]
+             for use in train_rm.GRANULARITIES}
+    reached = {                                                           # name: (value, at least, at most)
+        "SFT gold": (world["gold"], -.87, -.57), "SFT off-topic clauses": (world["off_topic"], 0, .30),
+        "SFT finished": (world["finished"], .98, 1), "SFT malformed clauses": (world["malformed"], 0, .04),
+        **{f"boundary F1 at cutoff {c}": (f1(c), .98, 1) for c in (.75, 1., 1.5, 2., 2.5)},
+        "reward model against the gold order": (float(order), .70, 1),
+        "learned segment rewards, correlation with gold": (float(correlation), .22, 1),
+        "scale S as bandit": (scale["bandit"], .85, 1.1), "scale S as segment": (scale["segment"], 4, 12),
+        "scale S as token": (scale["token"], 20, 60),
+        "PPO gold, last 3 iterations": (late, -.10, 2), "PPO KL per response": (ppo[-1]["kl"], 0, 18),
+        "PPO finished": (ppo[-1]["finished"], .97, 1), "win rate against the SFT model": (float(row["win_rate"]) / 100, .85, 1)}
+    with capsys.disabled():
+        print("\n" + "\n".join(f"{name:50} {x:7.3f}   {low} to {high}" for name, (x, low, high) in reached.items()))
+    assert all(low <= x <= high for x, low, high in reached.values())

@@ -32,8 +32,8 @@ from torch import nn
 from transformers import DynamicCache
 
 from segment import (WORLD, Granularity, LanguageModel, compute_dtype, encode_prompts, fail, is_finished, load_model,
-                     load_prompts, load_tokenizer, map_rows, micro_batches, on_rank0, opt, pad, paint, prepare_world,
-                     rank, read_config, read_tokenizer, say, segment_texts, sequence_score, setup, start)
+                     load_prompts, load_tokenizer, map_rows, micro_batches, on_rank0, one_line, opt, pad, paint,
+                     prepare_world, rank, read_config, read_tokenizer, say, segment_texts, sequence_score, setup, start)
 from train_rm import (Normalizer, ScalarModel, StopSignal, already_finished, begin_run, export, fingerprint, finish_run,
                       hardware, learning_rate, load_checkpoint, load_function, log_metrics, normalized_token_rewards,
                       oracle_scalars, read_json, rewards_at_ends, save_checkpoint, spread_rewards)
@@ -97,13 +97,23 @@ class Config:
 # ------------------------------------------------------------------------------------------------------------
 # Sampling: an explicit decode loop
 # ------------------------------------------------------------------------------------------------------------
+def race(luck, V):
+    """(b,) int64 -> (b, V) exponential draws, each a hash (splitmix64) of luck and token. The token with the smallest
+    draw / p wins with probability p. Unlike inverting a CDF, rounding moves just one boundary, not V of them: a
+    sample hardly depends on the batch it is drawn in."""
+    x = luck[:, None] + torch.arange(V, device=luck.device) * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
+    return -(((x >> 41 & (1 << 23) - 1) + 0.5) / 2 ** 23).log()
+
+
 @torch.no_grad()
-def generate(hf, prompts, stops, max_new_tokens, uniforms, temperature=1.0, banned=None):
+def generate(hf, prompts, stops, max_new_tokens, luck, temperature=1.0, banned=None):
     """Sample a response to each prompt from the full distribution, whatever the model's generation_config says.
 
-    hf: a Hugging Face causal LM; prompts: list of B id arrays; stops: (n,) ids; uniforms: (B, max_new_tokens) in
-    [0, 1), one row of luck per response, so that a sample depends on its row alone and not on its batch;
-    temperature 0: greedy; banned: bool (V,), never sampled. Returns tokens (B, R) int64 and their log-probs (B, R)
+    hf: a Hugging Face causal LM; prompts: list of B id arrays; stops: (n,) ids; luck: (B, max_new_tokens) random
+    int64, a row per response, so that a sample depends on its row alone and not on its batch; temperature 0: greedy;
+    banned: bool (V,), never sampled. Returns tokens (B, R) int64 and their log-probs (B, R)
     under the model, and lengths (B,), the stop token included.
     """
     device, B = hf.device, len(prompts)
@@ -113,7 +123,7 @@ def generate(hf, prompts, stops, max_new_tokens, uniforms, temperature=1.0, bann
     for b, p in enumerate(prompts):
         ids[b, P - len(p):] = torch.as_tensor(p, device=device)
     mask = torch.arange(P, device=device) >= P - lengths[:, None]                           # (B, P)
-    uniforms, stops = uniforms.to(device), stops.to(device)
+    luck, stops = luck.to(device), stops.to(device)
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)                # (B, R)
     logps = torch.zeros(B, max_new_tokens, device=device)                                   # (B, R)
     ended = torch.full((B,), max_new_tokens, device=device)                                 # (B,) response lengths
@@ -125,12 +135,9 @@ def generate(hf, prompts, stops, max_new_tokens, uniforms, temperature=1.0, bann
                     use_cache=True, logits_to_keep=1).logits[:, -1].float()                 # (b, V)
         logp = logits.log_softmax(-1)
         scores = logits if banned is None else logits.masked_fill(banned, -math.inf)
-        if temperature == 0:
-            token = scores.argmax(-1)                                                       # (b,)
-        else:                                                                               # inverse CDF
-            cdf = (scores / temperature).softmax(-1).cumsum(-1)                             # (b, V)
-            luck = uniforms[row, r, None] * cdf[:, -1:]
-            token = torch.searchsorted(cdf, luck, right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
+        if temperature > 0:
+            scores = scores / temperature - race(luck[row, r], scores.shape[1]).log()       # (b, V)
+        token = scores.argmax(-1)                                                           # (b,)
         tokens[row[live], r] = token[live]
         logps[row[live], r] = logp.gather(1, token[:, None])[live, 0]
         stopped = live & torch.isin(token, stops)
@@ -146,6 +153,11 @@ def generate(hf, prompts, stops, max_new_tokens, uniforms, temperature=1.0, bann
         ids, positions = token[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(row), 1)], 1)                             # (b, P + r + 1)
     return tokens, logps, ended
+
+
+def draw_luck(seeds, R):
+    """[tuples of ints] -> (B, R) int64: what a response samples with is a function of its seed alone."""
+    return torch.from_numpy(np.stack([np.random.default_rng(s).integers(2 ** 62, size=R) for s in seeds]))
 
 
 def never_sampled(tokenizer, stops, vocab_size):
@@ -202,6 +214,13 @@ def mean_tokens(x, mask):
 # The reward: which model, used how, normalised by what
 # ------------------------------------------------------------------------------------------------------------
 def read_reward(cfg, tokenizer):
+    try:
+        return _read_reward(cfg, tokenizer)
+    except (KeyError, TypeError) as e:
+        fail(f"{cfg.reward_model}/reward.json: damaged ({one_line(e)} is missing or wrong)")
+
+
+def _read_reward(cfg, tokenizer):
     """-> own granularity, use, cutoff, Normalizer, scale; checks that the reward model fits policy and flags."""
     if not cfg.oracle and read_tokenizer(cfg.reward_model).get_vocab() != tokenizer.get_vocab():
         fail(f"--reward_model {cfg.reward_model}: its tokenizer differs from that of --model {cfg.model}")
@@ -222,14 +241,14 @@ def read_reward(cfg, tokenizer):
     own, use = saved["granularity"], cfg.granularity or saved["granularity"]
     if cfg.fit:
         try:
-            w_mean, w_std, b_mean, b_std = map(float, cfg.fit.split())
+            w_mean, w_std, b_mean, b_std = map(float, cfg.fit.replace(",", " ").split())
             assert b_std > 0 and cfg.reward_scale == "none"
         except (ValueError, AssertionError):
             fail("--fit takes 'w_mean w_std b_mean b_std' with b_std > 0, and --reward_scale none (S is not known)")
         return own, use, saved["cutoff"], Normalizer(w_mean, b_mean, w_std, b_std), 1.0
-    chosen = dict(saved["statistics"][use][cfg.normalizer])
-    scale = chosen.pop("scale")[cfg.interpolation]
-    return own, use, saved["cutoff"], Normalizer.from_dict(chosen), scale if cfg.reward_scale == "total" else 1.0
+    fit = dict(saved["statistics"][use][cfg.normalizer])
+    scale = fit.pop("scale")["end" if use == "bandit" else cfg.interpolation]
+    return own, use, saved["cutoff"], Normalizer.from_dict(fit), scale if cfg.reward_scale == "total" else 1.0
 
 
 @functools.lru_cache(maxsize=2)
@@ -269,7 +288,6 @@ def main(cfg):
     iterations = cfg.max_steps or max(1, cfg.passes * len(prompts) // cfg.rollout_batch_size)
     minibatches = cfg.rollout_batch_size // cfg.batch_size
     optimizer_steps = iterations * cfg.ppo_epochs * minibatches
-    first_iteration = begin_run(cfg)
     say(f"{iterations} iterations x {cfg.rollout_batch_size} responses on {ranks} x {device.type}, each "
         f"{cfg.ppo_epochs} epochs x {minibatches} minibatches x {cfg.batch_size} responses\n"
         f"{own} reward model used as {use}, cutoff {cutoff}, {cfg.normalizer} normaliser, scale {scale:.3g}")
@@ -288,6 +306,7 @@ def main(cfg):
     optimizers = {m: torch.optim.AdamW(m.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
                   for m, lr in ((actor, cfg.actor_lr), (critic, cfg.critic_lr))}
     trained = {"actor": (actor, optimizers[actor]), "critic": (critic, optimizers[critic])}
+    first_iteration = begin_run(cfg)                              # everything was readable: only now OUT is made
     if first_iteration:
         load_checkpoint(cfg, first_iteration, trained)
     parameters = sum(p.numel() for m in (actor, critic) for p in m.parameters())
@@ -306,8 +325,7 @@ def main(cfg):
         B, R = cfg.rollout_batch_size, cfg.max_new_tokens
         drawn = [int(prompt_order(cfg.seed, k // len(prompts), len(prompts))[k % len(prompts)])
                  for k in range(iteration * B, (iteration + 1) * B)]                        # (B,) rows of --data
-        luck = torch.from_numpy(np.stack([np.random.default_rng([cfg.seed, 1, iteration, b]).random(R, dtype=np.float32)
-                                          for b in range(B)]))                              # (B, R)
+        luck = draw_luck([(cfg.seed, 1, iteration, b) for b in range(B)], R)                # (B, R)
         tokens = torch.zeros(B, R, dtype=torch.long, device=device)                         # (B, R)
         lengths = torch.zeros(B, dtype=torch.long, device=device)                           # (B,)
         sampled_logprobs = torch.zeros(B, R, device=device)                                 # (B, R)

@@ -580,7 +580,7 @@ def main(cfg):
     def encode(source):
         rows, chats = [], []
         for prompt, chosen, rejected, where in tqdm(load_pairs(source, cfg.max_samples), f"encoding {source}",
-                                                    disable=rank() > 0, leave=False):
+                                                    disable=rank() > 0, leave=False, delay=2):
             chats += [(prompt, chosen, where), (prompt, rejected, where)]
             if len(chats) >= 4096:                               # in blocks: text is bulky, token ids are not
                 rows, chats = rows + encode_chats(tokenizer, stops, chats, cfg.max_tokens, cfg.max_prompt_tokens), []
@@ -595,13 +595,14 @@ def main(cfg):
     if cfg.eval_data:
         rows += encode(cfg.eval_data)
         eval_pairs = np.arange(n, len(rows) // 2)
-    if len(train) < cfg.batch_size or not len(eval_pairs):
+    if not len(eval_pairs):
+        fail(f"{cfg.eval_data or cfg.data}: no pair is left to evaluate on")
+    if len(train) < cfg.batch_size and not cfg.calibrate_only:
         fail(f"{cfg.data}: {len(train)} training pairs (of {n}) do not fill one --batch_size {cfg.batch_size}")
-    per_epoch = len(train) // cfg.batch_size
+    per_epoch = max(1, len(train) // cfg.batch_size)
     steps = min(cfg.max_steps, cfg.epochs * per_epoch) if cfg.max_steps else cfg.epochs * per_epoch
     finished = is_finished(rows, stops)                          # (rows,)
 
-    first_step = 0 if cfg.calibrate_only else begin_run(cfg)
     say(f"{n} pairs: {len(train)} to train, {len(eval_pairs)} held out, {len(calibration)} to calibrate; "
         f"{float(finished.float().mean()):.1%} of the responses are finished\n"
         f"{steps} steps x {cfg.batch_size} pairs on {ranks} x {device.type}, {cfg.epochs} epochs of {per_epoch} steps")
@@ -644,6 +645,7 @@ def main(cfg):
     # --------------------------------------------------------------------------------------------------------
     # training: Bradley-Terry on mean segment rewards
     # --------------------------------------------------------------------------------------------------------
+    first_step = 0 if cfg.calibrate_only else begin_run(cfg)     # everything was readable: only now OUT is made
     if first_step:
         load_checkpoint(cfg, first_step, trained)
     stop, began, skipped = StopSignal(), time.time(), 0
