@@ -254,6 +254,8 @@ def setup():
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         dist.init_process_group(backend, timeout=timedelta(hours=1), **alone)      # rank 0 may read or hash for long
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    # Small models lose more than they gain by a second thread; for a large one on the CPU set OMP_NUM_THREADS.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     if cuda:
         torch.cuda.set_device(device)
     return device

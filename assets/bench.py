@@ -1,51 +1,55 @@
 """How fast is this, next to what you would pick instead? Same machine, shapes, data and precision, taking turns.
 
     pip install trl==1.12.0 accelerate && python assets/bench.py          # about 15 minutes of one CPU core
-    python assets/bench.py --only rm --rounds 1               # one of: decode, rm, ppo, ppo_ragged, memory
+    python assets/bench.py --only rm --rounds 1                           # decode, rm, ppo, ppo_ragged or memory
 
-Every side runs in a process of its own, ours and theirs in turn, so that whatever else the machine does hits both;
-the table has the median over rounds and steps, without each process's first step. The model is a random Llama of
-4 layers, d = 256, V = 1024, in fp32, that ends a response with a fixed probability at every token. Measured:
+Ours and theirs run in turn, in processes of their own, so that whatever else the machine does hits both; the table has
+medians over rounds and steps, without the first step of a process. A random Llama of 4 layers, d = 256, V = 1024, fp32:
 
     decode  tokens/s of 64 responses to prompts of 32-96 tokens, temperature 1, response lengths geometric (mean 66,
             at most 192): train_ppo.generate | Hugging Face model.generate
     rm      real (unpadded) tokens/s of a training step on 16 pairs whose responses have log-normal lengths (median
             100, sigma 0.7, at most 512 tokens with the prompt): train_rm.py | TRL's RewardTrainer on the same pairs
     ppo     real tokens/s of one iteration, from sampling to the last optimizer step: 64 rollouts x (64 prompt + 64
-            response tokens), one epoch of 4 minibatches: train_ppo.py | TRL's PPOTrainer (1.12 is the last with one)
-    ppo_ragged  the same, but responses stop: geometric lengths, mean 28, at most 64
+            response tokens), one epoch of 4 minibatches: train_ppo.py | TRL's PPOTrainer (1.12 is the last with one);
+            ppo_ragged: the same, but responses stop: geometric lengths, mean 28, at most 64
     memory  extra peak memory, forward and backward, of log-probs and entropies of 4,096 tokens at V = 128,256, d = 64:
             segment.token_logprobs_and_entropy | log_softmax of all the logits at once (needs 12 GB free)
 
-TRL runs in fp32 and without gradient checkpointing (its default would cost it a third), on whole minibatches. Ours
-cuts a step into micro-batches of --micro_tokens 2048, sorted by length, and gets the same gradient.
+TRL runs without gradient checkpointing (its default would cost it a third), on whole minibatches. Ours cuts a step
+into micro-batches of --micro_tokens 2048, sorted by length, and gets the same gradient.
 """
 import argparse
 import json
 import math
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from importlib.metadata import version
 
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig,
+                          TokenizersBackend, TrainerCallback)
+
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-V, PAIRS, STOP = 1024, 16, 1 / 32                         # vocabulary, pairs a step, ppo_ragged's stop probability
-STEPS, ITERATIONS, DECODES = 10, 4, 5                     # of rm, ppo and decode in one turn
+import segment, train_ppo, train_rm                       # noqa: E401, E402
+
+V, PAIRS, STEPS, ITERATIONS, DECODES = 1024, 16, 10, 4, 5     # the last three: of rm, ppo and decode in one turn
 
 
-def make_world(world, side):
+def stop_probability(world):
+    return 1 / 32 if world.endswith("ragged") else 1e-9
+
+
+def make_world(world):
     """Tokenizer, SFT model, reward model with reward.json, pairs and prompts, in a folder."""
-    import numpy as np
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, TokenizersBackend
-    import train_rm
-    stop = STOP if side == "ragged" else 0.0
-    special = ["<pad>", "<eos>", "<user>", "<assistant>"]
+    stop, special = stop_probability(world), ["<pad>", "<eos>", "<user>", "<assistant>"]
     words = [f"w{i}" for i in range(V - len(special))]
     lookup = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + words)}, unk_token="<pad>"))
     lookup.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -64,7 +68,7 @@ def make_world(world, side):
             layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
         sft.lm_head.weight[:, 0] = 0.0
         sft.lm_head.weight[:4, 0] = -2.0                  # special tokens never come, <eos> may
-        sft.lm_head.weight[1, 0] = stop_weight(stop) if stop else -2.0
+        sft.lm_head.weight[1, 0] = math.log(stop / (1 - stop) * V) / 16
     for model, name in ((sft, "sft"), (rm, "rm"), (tokenizer, "sft"), (tokenizer, "rm")):
         model.save_pretrained(f"{world}/{name}")
     random = np.random.default_rng(0)
@@ -73,18 +77,13 @@ def make_world(world, side):
         return {"role": role, "content": " ".join(random.choice(words, n))}
 
     with open(f"{world}/pairs.jsonl", "w") as f:
-        for _ in range(PAIRS * STEPS + 64):               # + 64: held out, and to calibrate on
+        for lengths in random.lognormal(np.log(100), 0.7, (PAIRS * STEPS + 64, 2)):   # + 64: held out, to calibrate on
             prompt = message("user", 13)                  # 16 tokens with the template's
-            lengths = np.clip(random.lognormal(np.log(100), 0.7, 2).astype(int) - 1, 1, 495)
-            chosen, rejected = ([prompt, message("assistant", n)] for n in lengths)
-            f.write(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n")
+            sides = ([prompt, message("assistant", min(int(n), 495))] for n in lengths)
+            f.write(json.dumps(dict(zip(("chosen", "rejected"), sides))) + "\n")
     with open(f"{world}/prompts.jsonl", "w") as f:
         f.writelines(json.dumps({"prompt": [message("user", 61)]}) + "\n" for _ in range(64 * ITERATIONS))
     train_rm.main(train_rm.Config(calibrate_only=True, reward_model=f"{world}/rm", **rm_flags(world)))
-
-
-def stop_weight(p):
-    return math.log(p / (1 - p) * (V - 4)) / 16
 
 
 def rm_flags(world):
@@ -92,8 +91,8 @@ def rm_flags(world):
                 max_tokens=512, max_prompt_tokens=64, batch_size=PAIRS, micro_tokens=2048, epochs=1, max_steps=STEPS)
 
 
-def speeds(out):
-    return [json.loads(line)["tokens_per_second"] for line in open(f"{out}/metrics.jsonl")][1:]
+CLOCK, TIMES = TrainerCallback(), []                          # the times at which TRL's steps ended
+CLOCK.on_step_end = lambda *args, **kwargs: TIMES.append(time.time())
 
 
 def trl_flags(world):
@@ -101,32 +100,18 @@ def trl_flags(world):
                 save_strategy="no", disable_tqdm=True, logging_steps=1)
 
 
-def step_clock():
-    """A Trainer callback, and the list of times at which its steps ended."""
-    from transformers import TrainerCallback
-    clock, times = TrainerCallback(), []
-    clock.on_step_end = lambda *args, **kwargs: times.append(time.time())
-    return clock, times
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The contestants. Each returns one number for each step it ran
-# ------------------------------------------------------------------------------------------------------------
 def decode(world, ours):
-    import numpy as np
-    import torch
-    from transformers import AutoModelForCausalLM
-    from train_ppo import draw_luck, generate
+    """This and what follows are the contestants: each returns one number for each step it ran."""
     model, random, result = AutoModelForCausalLM.from_pretrained(f"{world}/sft"), np.random.default_rng(0), []
-    model.lm_head.weight.data[1, 0] = stop_weight(1 / 70)                     # cut at 192, a mean of 66
-    prompts = [random.integers(4, V, random.integers(32, 97)) for _ in range(64)]
+    model.lm_head.weight.data[1, 0] = math.log(V / 69) / 16                   # 1 of 70; cut at 192, a mean of 66
+    prompts = [random.integers(4, V, n) for n in random.integers(32, 97, 64)]
     P = max(map(len, prompts))
     ids = torch.stack([torch.from_numpy(np.pad(p, (P - len(p), 0))) for p in prompts])
     for turn in range(DECODES + 1):
         tick = time.time()
         if ours:
-            luck = draw_luck([(turn, b) for b in range(64)], 192)
-            tokens = int(generate(model, prompts, torch.tensor([1]), 192, luck)[2].sum())
+            luck = train_ppo.draw_luck([(turn, b) for b in range(64)], 192)
+            tokens = int(train_ppo.generate(model, prompts, torch.tensor([1]), 192, luck)[2].sum())
         else:
             out = model.generate(input_ids=ids, attention_mask=(ids > 0).long(), do_sample=True, top_k=0,
                                  temperature=1.0, max_new_tokens=192, eos_token_id=1, pad_token_id=0)
@@ -137,69 +122,62 @@ def decode(world, ours):
 
 def rm(world, ours):
     if ours:
-        import train_rm
         train_rm.main(train_rm.Config(out=(out := tempfile.mkdtemp(dir=world)), **rm_flags(world)))
-        return speeds(out)
+        return [json.loads(line)["tokens_per_second"] for line in open(f"{out}/metrics.jsonl")][1:]
     from datasets import Dataset
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from trl import RewardConfig, RewardTrainer
-    clock, times = step_clock()
     trainer = RewardTrainer(
-        model=AutoModelForSequenceClassification.from_pretrained(f"{world}/rm"), callbacks=[clock],
+        model=AutoModelForSequenceClassification.from_pretrained(f"{world}/rm"), callbacks=[CLOCK],
         processing_class=AutoTokenizer.from_pretrained(f"{world}/sft"),
         train_dataset=Dataset.from_json(f"{world}/pairs.jsonl", cache_dir=f"{world}/cache"),
         args=RewardConfig(per_device_train_batch_size=PAIRS, max_steps=STEPS, max_length=512, **trl_flags(world)))
     trainer.train()
     tokens = [row["num_tokens"] for row in trainer.state.log_history if "loss" in row]
-    return [(b - a) / (t - s) for a, b, s, t in zip(tokens, tokens[1:], times, times[1:])]
+    return [(b - a) / (t - s) for a, b, s, t in zip(tokens, tokens[1:], TIMES, TIMES[1:])]
 
 
-def ppo(world, ours, stop=None):
+def ppo(world, ours):
     if ours:
-        import train_ppo
         train_ppo.main(train_ppo.Config(
             model=f"{world}/sft", reward_model=f"{world}/rm", data=f"{world}/prompts.jsonl", micro_tokens=2048,
             out=(out := tempfile.mkdtemp(dir=world)), max_prompt_tokens=64, max_new_tokens=64, rollout_batch_size=64,
             batch_size=16, max_steps=ITERATIONS, actor_lr=1e-6, critic_lr=1e-6))
-        return speeds(out)
+        return [json.loads(line)["tokens_per_second"] for line in open(f"{out}/metrics.jsonl")][1:]
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer
     tokenizer = AutoTokenizer.from_pretrained(f"{world}/sft")
     data = Dataset.from_json(f"{world}/prompts.jsonl", cache_dir=f"{world}/cache").map(lambda row: {
-        "input_ids": tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)})
-    clock, times = step_clock()
+        "input_ids": tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)},
+        remove_columns="prompt")
     args = PPOConfig(per_device_train_batch_size=64, num_mini_batches=4, num_ppo_epochs=1, total_episodes=len(data),
                      response_length=64, temperature=1.0, local_rollout_forward_batch_size=64, learning_rate=1e-6,
-                     num_sample_generations=0, stop_token="eos" if stop else None, **trl_flags(world))
-    policy, reference = (AutoModelForCausalLM.from_pretrained(f"{world}/sft") for _ in range(2))
-    reward, value = (AutoModelForSequenceClassification.from_pretrained(f"{world}/rm") for _ in range(2))
-    data = data.remove_columns("prompt")
-    PPOTrainer(args=args, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward,
-               value_model=value, train_dataset=data, eval_dataset=data, callbacks=[clock]).train()
-    length = (1 - (1 - stop) ** 64) / stop if stop else 64                    # not in TRL's log: its expectation
-    return [64 * (64 + length) / (t - s) for s, t in zip(times, times[1:])]
+                     num_sample_generations=0, stop_token="eos", **trl_flags(world))
+    models = {name: AutoModelForCausalLM.from_pretrained(f"{world}/sft") for name in ("model", "ref_model")}
+    models |= {name: AutoModelForSequenceClassification.from_pretrained(f"{world}/rm")
+               for name in ("reward_model", "value_model")}
+    PPOTrainer(args=args, processing_class=tokenizer, train_dataset=data, eval_dataset=data, callbacks=[CLOCK],
+               **models).train()
+    stop = stop_probability(world)
+    length = (1 - (1 - stop) ** 64) / stop                                    # not in TRL's log: its expectation
+    return [64 * (64 + length) / (t - s) for s, t in zip(TIMES, TIMES[1:])]
 
 
 def memory(world, ours):
-    import resource
-    import torch
-    from segment import token_logprobs_and_entropy
-
     def naive(hidden, weight, targets):
         logp = (hidden @ weight.T).log_softmax(-1)                            # (N, V)
         return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
+    f, peaks = segment.token_logprobs_and_entropy if ours else naive, []
     for n, vocabulary in ((64, 64), (4096, 128256)):                          # the small one loads the libraries
         hidden, weight = torch.randn(n, 64).requires_grad_(), torch.randn(vocabulary, 64).requires_grad_()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        f = token_logprobs_and_entropy if ours else naive
         sum(f(hidden, weight, torch.zeros(n, dtype=torch.long))).sum().backward()
-    return [(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2 ** 10]
+        peaks.append((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2 ** 10)
+    return peaks[1:]
 
 
 BENCHES = {"decode": (decode, "tokens/s", "Hugging Face generate"), "rm": (rm, "tokens/s", "TRL RewardTrainer"),
-           "ppo": (ppo, "tokens/s", "TRL PPOTrainer"), "ppo_ragged": (partial(ppo, stop=STOP), "tokens/s", "TRL PPOTrainer"),
+           "ppo": (ppo, "tokens/s", "TRL PPOTrainer"), "ppo_ragged": (ppo, "tokens/s", "TRL PPOTrainer"),
            "memory": (memory, "MiB extra", "all logits at once")}
 
 
@@ -207,18 +185,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=BENCHES)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
-    parser.add_argument("--threads", type=int, default=1, help="of every process")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)          # world, bench, side
     args = parser.parse_args()
     if args.worker:
         world, name, side = args.worker
         with open(f"{world}/result.json", "w") as f:
-            return json.dump(BENCHES[name][0](world, side == "ours") if name in BENCHES else make_world(world, side), f)
+            return json.dump(BENCHES[name][0](world, side == "ours") if name in BENCHES else make_world(world), f)
 
     def run(*task):
         """This file again, in a process of its own."""
-        env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "TRL_EXPERIMENTAL_SILENCE": "1",
-                            "CUDA_VISIBLE_DEVICES": ""}
+        env = os.environ | dict(OMP_NUM_THREADS="1", TRL_EXPERIMENTAL_SILENCE="1", CUDA_VISIBLE_DEVICES="")
         done = subprocess.run([sys.executable, __file__, "--worker", *task], env=env, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode:
@@ -226,20 +202,18 @@ def main():
         with open(f"{task[0]}/result.json") as f:
             return json.load(f)
 
-    print(*(f"{p} {version(p)}," for p in ("torch", "transformers", "trl", "accelerate")), args.threads, "thread(s)")
+    print(*(f"{p} {version(p)}," for p in ("torch", "transformers", "trl", "accelerate")), "1 thread")
     print(f"{'':22}{'ours':>10}{'theirs':>10}{'ratio':>8}   theirs is")
-    with tempfile.TemporaryDirectory() as world:
-        ragged = f"{world}/ragged"
-        os.mkdir(ragged)
-        run(world, "make", "even"), run(ragged, "make", "ragged")
-        for name, (_, unit, theirs) in BENCHES.items():
-            numbers = {"ours": [], "theirs": []}
-            for _ in range((args.rounds if name != "memory" else 1) * (args.only in (None, name))):
-                for side in numbers:
-                    numbers[side] += run(ragged if name == "ppo_ragged" else world, name, side)
-            if numbers["ours"]:
-                a, b = (statistics.median(x) for x in numbers.values())
-                print(f"{name:12}{unit:10}{a:10,.0f}{b:10,.0f}{a / b:8.2f}   {theirs}", flush=True)
+    with tempfile.TemporaryDirectory() as even, tempfile.TemporaryDirectory(suffix="ragged") as ragged:
+        for name in [args.only] if args.only else BENCHES:
+            world, (_, unit, theirs), numbers = ragged if name == "ppo_ragged" else even, BENCHES[name], ([], [])
+            if not os.listdir(world):
+                run(world, "make", "both")
+            for _ in range(args.rounds if name != "memory" else 1):
+                for side, result in zip(("ours", "theirs"), numbers):
+                    result += run(world, name, side)
+            a, b = map(statistics.median, numbers)
+            print(f"{name:12}{unit:10}{a:10,.0f}{b:10,.0f}{a / b:8.2f}   {theirs}", flush=True)
 
 
 if __name__ == "__main__":

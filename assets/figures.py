@@ -19,7 +19,7 @@ from segment import (LanguageModel, encode_chats, is_finished, load_model, load_
 from train_rm import GRANULARITIES, Normalizer, ScalarModel, read_json  # noqa: E402
 
 METHODS, COLORS = ("segment", "token", "bandit"), dict(segment="tab:red", token="tab:blue", bandit="tab:gray")
-GRID = (".01", ".03", ".1")
+GRID = (".03", ".1")
 
 
 def load(out):
@@ -104,7 +104,7 @@ def pictures(runs, best, here):
 
     fig, ax = plt.subplots(figsize=(5, 3.6))
     for g in METHODS:
-        for kl, alpha in zip(GRID, (.35, .65, 1)):
+        for kl, alpha in zip(GRID, (.5, 1)):
             seeds = [m for s in runs[f"{g}-kl{kl}"].values() for m in s]
             ax.plot(np.mean([m["kl"] for m in seeds], 0), np.mean([m["gold"] for m in seeds], 0), color=COLORS[g], alpha=alpha,
                     label=f"{g}, coefficient {kl}")
