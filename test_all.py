@@ -5,6 +5,7 @@
 3. sampling                                              7. the world's ground truth
 4. data and flags that must be refused                   8. CUDA, where there is one; 9. judging; 10. the main job
 """
+import csv
 import doctest
 import glob
 import gzip
