@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException         # a BaseException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, GenerationConfig
@@ -450,8 +451,8 @@ def save_checkpoint(cfg, step, pairs):
     on_rank0(shutil.rmtree, folder + ".tmp", ignore_errors=True)
     try:
         dcp.save(training_state(pairs), storage_writer=HuggingFaceStorageWriter(folder + ".tmp", save_distributed=True))
-    except Exception as e:                                        # most often a full disk
-        fail(f"{folder}: could not be saved ({one_line(e)}); an earlier one is untouched, continue with --resume")
+    except (Exception, CheckpointException) as e:                 # most often a full disk
+        fail(f"{folder}: could not be saved ({cause(e)}); an earlier one is untouched, continue with --resume")
     dist.barrier()
     if rank() == 0:
         os.replace(folder + ".tmp", folder)
@@ -465,8 +466,12 @@ def load_checkpoint(cfg, step, pairs):
     """Read step_N into the models and optimizers in place, on any number of ranks."""
     try:
         dcp.load(training_state(pairs), storage_reader=HuggingFaceStorageReader(f"{cfg.out}/checkpoint/step_{step}"))
-    except Exception as e:
-        fail(f"{cfg.out}/checkpoint/step_{step}: cannot be loaded ({one_line(e)})")
+    except (Exception, CheckpointException) as e:
+        fail(f"{cfg.out}/checkpoint/step_{step}: cannot be loaded ({cause(e)})")
+
+
+def cause(e):
+    return one_line(next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e)
 
 
 def export(model, tokenizer, source, folder, dtype):
@@ -487,8 +492,11 @@ def export(model, tokenizer, source, folder, dtype):
         shutil.rmtree(folder + ".tmp", ignore_errors=True)
         tied = set(getattr(hf, "all_tied_weights_keys", None) or ())
         state = {k[3:]: v.to(dtype).contiguous() for k, v in state.items() if k[3:] not in tied}
-        hf.save_pretrained(folder + ".tmp", state_dict=state)
-        tokenizer.save_pretrained(folder + ".tmp")
+        try:
+            hf.save_pretrained(folder + ".tmp", state_dict=state)
+            tokenizer.save_pretrained(folder + ".tmp")
+        except Exception as e:
+            fail(f"{folder}: could not be written ({one_line(e)}); the checkpoint is whole, continue with --resume")
         if os.path.exists(folder):
             shutil.rmtree(folder + ".old", ignore_errors=True)
             os.replace(folder, folder + ".old")
