@@ -1,6 +1,6 @@
 """Tables and pictures of assets/experiment.sh: python assets/figures.py OUT (needs matplotlib; about a minute).
 
-Writes assets/learning.png, gold-vs-kl.png, location.png, truth.png and prints the README's tables in Markdown.
+Writes assets/learning.png, gold-vs-kl.png, truth.png and prints the README's tables in Markdown.
 "final" is the mean over the last 5 iterations; +- is the standard deviation over draws of the mean over PPO seeds.
 """
 import glob
@@ -14,8 +14,8 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.reviews.prepare import clause_values  # noqa: E402
-from segment import (LanguageModel, encode_chats, is_finished, load_model, load_pairs, load_tokenizer, map_rows,  # noqa: E402
-                     segment_ends, segment_locations, setup)
+from segment import (LanguageModel, encode_chats, is_finished, load_model, load_pairs,  # noqa: E402
+                     load_tokenizer, map_rows, segment_ends, segment_locations, setup)
 from train_rm import GRANULARITIES, Normalizer, ScalarModel, read_json  # noqa: E402
 
 METHODS, COLORS = ("segment", "token", "bandit"), dict(segment="tab:red", token="tab:blue", bandit="tab:gray")
@@ -58,22 +58,25 @@ def cell(x):
 
 def tables(runs):
     best = {g: max(GRID, key=lambda kl: over_draws(runs, f"{g}-kl{kl}", final("gold"))[0]) for g in METHODS}
-    print("| reward | " + " | ".join(f"final gold at KL coefficient {kl}" for kl in GRID) + " |\n| --- |" + " --- |" * len(GRID))
+    print("| reward | " + " | ".join(f"final gold at KL coefficient {kl}" for kl in GRID) + " |")
+    print("| --- |" + " --- |" * len(GRID))
     for g in METHODS:
         print(f"| {g} | " + " | ".join(cell(over_draws(runs, f"{g}-kl{kl}", final("gold"))) for kl in GRID) + " |")
     rows = [(g, f"{g}-kl{best[g]}") for g in METHODS] + [(f"oracle {g}", f"oracle-{g}") for g in ("segment", "bandit")]
-    print("\n| reward (best KL coefficient) | draws | gold, first iteration | at iteration 20 | final | KL | best gold at KL ≤ 3 | ≤ 4 | ≤ 6 | ≤ 8 |")
-    print("| --- |" + " --- |" * 9)
+    print("\n| reward (best KL coefficient) | draws | gold, first iteration | at iteration 20 | final | final KL | "
+          "best gold at KL ≤ 3 | ≤ 4 | ≤ 6 | ≤ 8 |\n| --- |" + " --- |" * 9)
     for label, name in rows:
-        cells = [cell(over_draws(runs, name, f)) for f in (lambda m: m["gold"][0], lambda m: m["gold"][18:21].mean(), final("gold"))]
+        cells = [cell(over_draws(runs, name, f)) for f in
+                 (lambda m: m["gold"][0], lambda m: m["gold"][18:21].mean(), final("gold"))]
         cells += [f"{over_draws(runs, name, final('kl'))[0]:.1f}"]
         cells += [cell(over_draws(runs, name, gold_within(kl))) for kl in (3, 4, 6, 8)]
         kl = f" ({name.split('-kl')[1]})" if "-kl" in name else " (.03)"
         print(f"| {label}{kl} | {over_draws(runs, name, final('gold'))[2]} | " + " | ".join(cells) + " |")
-    print("\n| change (to segment, KL coefficient .03) | draws | final gold, difference | KL |\n| --- | --- | --- | --- |")
+    print("\n| change (to segment, KL coefficient .03) | draws | final gold, difference | KL |")
+    print("| --- | --- | --- | --- |")
     for name in sorted(n for n in runs if "-kl" not in n and "oracle" not in n):
         both = [d for d in runs[name] if d in runs["segment-kl.03"]]
-        diff = [np.mean([final("gold")(m) for m in runs[name][d]]) - np.mean([final("gold")(m) for m in runs["segment-kl.03"][d]])
+        diff = [np.subtract(*(np.mean([final("gold")(m) for m in runs[n][d]]) for n in (name, "segment-kl.03")))
                 for d in both]
         print(f"| {name} | {len(both)} | {np.mean(diff):+.2f} ± {np.std(diff, ddof=1) if len(diff) > 1 else 0:.2f} | "
               f"{over_draws(runs, name, final('kl'))[0]:.1f} |")
@@ -96,7 +99,8 @@ def pictures(runs, best, here):
             ax.fill_between(x, mean - std, mean + std, color=COLORS[g], alpha=.15, lw=0)
     for g, style in (("segment", "--"), ("bandit", ":")):
         y = np.stack([m["gold"] for seeds in runs[f"oracle-{g}"].values() for m in seeds]).mean(0)
-        axes[0].plot(np.arange(1, len(y) + 1), y, "k" + style, lw=1, label=f"true rewards per {'clause' if g == 'segment' else 'response'}")
+        axes[0].plot(np.arange(1, len(y) + 1), y, "k" + style, lw=1,
+                     label=f"true rewards per {'clause' if g == 'segment' else 'response'}")
     axes[0].set(title="gold reward (mean and deviation over draws and seeds)", xlabel="PPO iteration")
     axes[1].set(title="learned reward, gain as a share of its largest", xlabel="PPO iteration")
     axes[0].legend(fontsize=7)
@@ -106,8 +110,8 @@ def pictures(runs, best, here):
     for g in METHODS:
         for kl, alpha in zip(GRID, (.5, 1)):
             seeds = [m for s in runs[f"{g}-kl{kl}"].values() for m in s]
-            ax.plot(np.mean([m["kl"] for m in seeds], 0), np.mean([m["gold"] for m in seeds], 0), color=COLORS[g], alpha=alpha,
-                    label=f"{g}, coefficient {kl}")
+            ax.plot(np.mean([m["kl"] for m in seeds], 0), np.mean([m["gold"] for m in seeds], 0), color=COLORS[g],
+                    alpha=alpha, label=f"{g}, coefficient {kl}")
     ax.set(title="gold reward against KL", xlabel="KL to the SFT model, nats per response"), ax.legend(fontsize=6)
     fig.tight_layout(), fig.savefig(f"{here}/gold-vs-kl.png", dpi=110)
 
@@ -122,9 +126,10 @@ def truth(out, here):
         tokenizer, stops = load_tokenizer(f"{w}/sft")
         chats = [(p, c, where) for p, *both, where in load_pairs(f"{w}/pairs_test.jsonl") for c in both]
         rows = encode_chats(tokenizer, stops, chats, 256, 128)
-        entropy = map_rows(load_model(f"{w}/sft", LanguageModel, device, torch.float32), rows, 16384, device)[2]      # (B, R)
+        sft = load_model(f"{w}/sft", LanguageModel, device, torch.float32)
+        entropy = map_rows(sft, rows, 16384, device)[2]                                               # (B, R)
         mask = torch.arange(entropy.shape[1]) < torch.tensor([[len(r)] for _, r in rows])
-        gold = torch.full(entropy.shape, torch.nan)                                                   # at true clause ends
+        gold = torch.full(entropy.shape, torch.nan)                                               # at true clause ends
         for b, (prompt, response, _) in enumerate(chats):
             for value, end in clause_values(prompt[-1]["content"], response):
                 gold[b, end] = value
@@ -135,15 +140,12 @@ def truth(out, here):
             f1[-1].append(float(2 * (ends & true).sum() / (ends.sum() + true.sum())))
         ends = segment_ends(entropy, mask, done, 1.0, "segment")
         for g in GRANULARITIES:
-            values = map_rows(load_model(f"{w}/rm-{g}/model", ScalarModel, device, torch.float32), rows, 16384, device)[0]
-            both = true & ends                                   # correlation at equal place in the response
-            x, y, p = values[both], gold[both], segment_locations(ends)[both]
-            x = x - torch.stack([x[p == q].mean() if (p == q).any() else x.mean() for q in p.unique()])[torch.searchsorted(p.unique(), p)]
-            correlation[g].append((float(torch.corrcoef(torch.stack([x, y]))[0, 1]),
-                                   float(torch.corrcoef(torch.stack([values[both], y]))[0, 1])))
+            rm = load_model(f"{w}/rm-{g}/model", ScalarModel, device, torch.float32)
+            values, both = map_rows(rm, rows, 16384, device)[0], true & ends                          # (B, R) each
+            correlation[g].append(float(torch.corrcoef(torch.stack([values[both], gold[both]]))[0, 1]))
             if g == "segment" and d == 0:
-                fit = Normalizer.from_dict({k: v for k, v in read_json(f"{w}/rm-segment/model/reward.json")["statistics"]["segment"]
-                                            ["location"].items() if k != "scale"})
+                saved = read_json(f"{w}/rm-segment/model/reward.json")["statistics"]["segment"]["location"]
+                fit = Normalizer.from_dict({k: v for k, v in saved.items() if k != "scale"})
                 where, z = segment_locations(ends)[ends], values[ends]
                 left.scatter(where, z, s=2, alpha=.1, color="tab:gray", lw=0)
                 grid = torch.linspace(float(where.min()), 1, 200)
@@ -154,11 +156,9 @@ def truth(out, here):
     right.set(title="segment boundaries against true clause ends: F1", xlabel="cutoff (nats)", ylim=(0, 1.02))
     fig.tight_layout(), fig.savefig(f"{here}/truth.png", dpi=110)
     print("\nboundary F1: " + ", ".join(f"{c}: {f:.3f}" for c, f in zip(cutoffs, np.mean(f1, 0))))
-    print("\n| reward model | correlation of its scalars at clause ends with the clauses' gold values | with the location's mean removed |")
-    print("| --- | --- | --- |")
+    print("\n| reward model | correlation of its scalars at clause ends with the clauses' gold values |\n| --- | --- |")
     for g, x in correlation.items():
-        print(f"| {g} | {np.mean([b for _, b in x]):.2f} ({min(b for _, b in x):.2f} to {max(b for _, b in x):.2f}) | "
-              f"{np.mean([a for a, _ in x]):.2f} |")
+        print(f"| {g} | {np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f}) |")
 
 
 if __name__ == "__main__":
