@@ -303,7 +303,7 @@ def main(cfg):
     with device:
         sampler = actor.auto_class.from_config(config, dtype=dtype).eval()
     banned = never_sampled(tokenizer, stops, config.vocab_size).to(device)
-    optimizers = {m: torch.optim.AdamW(m.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizers = {m: torch.optim.AdamW(m.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=True)
                   for m, lr in ((actor, cfg.actor_lr), (critic, cfg.critic_lr))}
     trained = {"actor": (actor, optimizers[actor]), "critic": (critic, optimizers[critic])}
     first_iteration = begin_run(cfg)                              # everything was readable: only now OUT is made

@@ -639,7 +639,7 @@ def main(cfg):
     hidden = read_config(source).hidden_size
     model = load_model(source, ScalarModel, device, dtype, train=True, grad_checkpoint=cfg.grad_checkpoint,
                        head_std=None if ready else 1 / (hidden + 1), seed=cfg.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=True)
     trained, parameters = {"rm": (model, optimizer)}, sum(p.numel() for p in model.parameters())
 
     def evaluate(pairs):
