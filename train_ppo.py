@@ -1,6 +1,6 @@
 """Chapter 3 of 4: PPO on segment rewards.
 
-    python train_ppo.py                                                 # the embedded world, about 2 minutes of CPU
+    python train_ppo.py                                                 # the embedded world, under a minute of CPU
     torchrun --nproc_per_node=8 train_ppo.py @config/llama3.1-8b-segment-ppo.args       # one node of 8 GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_ppo.py @config/...
     python train_ppo.py --reward_model out/rm-bandit/model --out out/ppo-bandit         # classical RLHF, to compare

@@ -1,6 +1,6 @@
 """Chapter 2 of 4: a reward model that scores segments, learned from preferences between whole responses.
 
-    python train_rm.py                                                  # the embedded world, about 1.5 minutes of CPU
+    python train_rm.py                                                  # the embedded world, about a minute of CPU
     torchrun --nproc_per_node=8 train_rm.py @config/llama3.1-8b-segment-rm.args         # one node of 8 GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_rm.py @config/...
     python train_rm.py --granularity bandit --out out/rm-bandit         # the classical reward model, for comparison
@@ -27,7 +27,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import Literal
