@@ -47,7 +47,7 @@ from transformers import AutoModelForCausalLM
 from segment import (WORLD, LanguageModel, compute_dtype, encode_chats, encode_prompts, fail, is_finished, load_model,
                      load_pairs, load_prompts, load_tokenizer, map_rows, on_rank0, one_line, opt, prepare_world, rank,
                      read_config, read_rows, say, segment_ends, segment_texts, sequence_score, setup, start, tokenize)
-from train_rm import ScalarModel, fingerprint, load_function, log_metrics, read_json, write_json, write_text
+from train_rm import ScalarModel, fingerprint, load_function, lock, log_metrics, read_json, write_json, write_text
 from train_ppo import draw_luck, generate, never_sampled, prompt_text
 
 
@@ -472,11 +472,8 @@ def begin(cfg, sources):
     if old and ("judge" not in old or old.get("finished") and differs):
         fail(f"{cfg.out} holds another run ({'; '.join(differs)[:300]}); give another --out")
     if not old.get("finished"):
-        try:
-            os.makedirs(cfg.out, exist_ok=True)
-            write_json(path, new)
-        except OSError as e:
-            fail(f"--out {cfg.out}: cannot be written ({one_line(e)})")
+        lock(cfg.out)
+        write_json(path, new)
     return bool(old.get("finished"))
 
 
@@ -630,8 +627,8 @@ def print_figures(table, differences):
 
 def report(cfg, policies, segments, failed=()):
     """Print what follows from the annotations, and write it, unless OUT holds a run that they are not part of."""
-    difficulty = read_json(cfg.difficulty) if cfg.difficulty else None
-    if cfg.difficulty and not (isinstance(difficulty, list) and all(isinstance(d, (int, float)) for d in difficulty)):
+    difficulty = read_json(cfg.difficulty, list) if cfg.difficulty else None
+    if cfg.difficulty and not all(isinstance(d, (int, float)) for d in difficulty):
         fail(f"--difficulty {cfg.difficulty}: must be a JSON list of numbers")
     table, differences = figures(policies, difficulty, read_annotations(cfg.gamed, by="variant"))
     print_figures(table, differences)

@@ -41,7 +41,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
@@ -218,6 +218,9 @@ def parse(Config, argv=None):
     return cfg
 
 
+REFUSED = {getattr(errno, e) for e in "ENOSPC EDQUOT EFBIG EIO EROFS EACCES EPERM ENOTDIR EISDIR EEXIST".split()}
+
+
 def start(main, Config):
     """Run a chapter's main on the command line; what the machine refuses is said in one line too."""
     try:
@@ -227,9 +230,9 @@ def start(main, Config):
     except torch.OutOfMemoryError:
         fail("out of GPU memory; lower --micro_tokens, then --generation_batch_size, or set --grad_checkpoint true")
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if e.errno and e.errno not in REFUSED:                  # numpy gives none when a disk is full
             raise
-        fail(f"{e.filename or 'writing'}: {e.strerror}; an earlier checkpoint is untouched, continue with --resume")
+        fail(f"{e.filename or 'writing'}: {e.strerror or e}; an earlier checkpoint is untouched, continue with --resume")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -403,6 +406,8 @@ def map_rows(forward, rows, budget, device, title=None):
             out = torch.zeros(len(result), len(rows), max(len(r) for _, r in rows), device=device)
         if batch:
             out[:, torch.tensor(batch, device=device), :result.shape[2]] = result
+    if isinstance(forward, FSDPModule):                         # no backward pass follows: without this the root's weights
+        forward.reshard()                                       # stay whole, strangers to the optimizer and its state
     dist.all_reduce(out)
     return out
 
@@ -444,7 +449,7 @@ def _rows(source):
         return
     line = 1
     try:
-        with (gzip.open if source.endswith(".gz") else open)(source, "rt", encoding="utf-8") as f:
+        with (gzip.open if source.endswith(".gz") else open)(source, "rt", encoding="utf-8-sig") as f:   # with or without BOM
             if f.read(1) == "[":                                 # one JSON array, the layout of alpaca_eval's files
                 f.seek(0)
                 yield from json.load(f)
@@ -523,8 +528,6 @@ def load_prompts(source, limit=0):
 def load_tokenizer(path):
     """The tokenizer and its stop tokens: what generation_config and tokenizer call end of sequence."""
     config, tokenizer = read_config(path), read_tokenizer(path)
-    if len(tokenizer) > config.vocab_size:
-        fail(f"{path}: {len(tokenizer)} tokens but {config.vocab_size} embeddings; resize_token_embeddings and save")
     if not tokenizer.chat_template:
         fail(f"{path}: no chat template; use a chat model, or set tokenizer.chat_template and save the tokenizer")
     try:
@@ -532,7 +535,10 @@ def load_tokenizer(path):
     except OSError:
         eos = config.eos_token_id
     stops = set(eos if isinstance(eos, (list, tuple)) else [eos]) | {tokenizer.eos_token_id}
-    return tokenizer, torch.tensor(sorted(stops - {None}))
+    tokenizer.embeddings = config.vocab_size                    # some tokenizers hold a pad token that the model lacks
+    if not (stops := sorted(i for i in stops if i is not None and i < config.vocab_size)):
+        fail(f"{path}: no stop token; set eos_token_id in generation_config.json to the end-of-turn token's id")
+    return tokenizer, torch.tensor(stops)
 
 
 @functools.cache
@@ -555,8 +561,13 @@ def render(tokenizer, messages, where, **kwargs):
 
 
 def tokenize(tokenizer, texts):
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    return [np.array(x, dtype=np.int32) for x in ids]
+    """[texts] -> [int32 ids]; the template has put BOS and EOS where they belong"""
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    rows = [np.array(x, dtype=np.int32) for x in rows]
+    if (top := max((int(x.max()) for x in rows if len(x)), default=0)) >= tokenizer.embeddings:
+        fail(f"token {top} ({tokenizer.convert_ids_to_tokens(top)}) is in the data, but the model has only "
+             f"{tokenizer.embeddings} embeddings; resize_token_embeddings and save the model")
+    return rows
 
 
 def encode_prompts(tokenizer, prompts, max_tokens, source="prompts"):

@@ -1,12 +1,15 @@
 """Every chapter against an independent reference:  pytest test_all.py      (about three minutes on two CPU cores)
 
-1. functions against literal loops and closed forms      5. a tiny world: runs as a user starts them, killed, resumed
-2. chat encoding                                         6. the recipes of config/
-3. sampling                                              7. the world's ground truth
-4. data and flags that must be refused                   8. CUDA, where there is one; 9. judging; 10. the main job
+1. functions against literal loops and closed forms      6. attacks: odd data, numbers and tokenizers, faults, evil files
+2. chat encoding                                         7. the recipes of config/
+3. sampling                                              8. the world's ground truth
+4. data and flags that must be refused                   9. CUDA, where there is one
+5. a tiny world: runs as a user starts them, killed,     10. judging
+   resumed, moved                                        11. the main job
 """
 import csv
 import doctest
+import fcntl
 import glob
 import gzip
 import importlib.util
@@ -15,6 +18,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -24,6 +28,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from unicodedata import normalize as nfc
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")               # two runs at a time, one thread each
 os.environ["HF_HUB_OFFLINE"] = "1"                          # nothing here may reach the network
@@ -31,7 +36,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"                          # nothing here may r
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig,
                           LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast,
@@ -839,6 +844,21 @@ def runs(world, tmp_path_factory):
         run_well("train_rm.py", flags)
         return out
 
+    def rm_orphan():
+        """One of two ranks is killed: the other ends within a minute, and both go on later."""
+        out = f"{top}/rm_orphan"
+        flags = rm_flags(world, out, "--resume")
+        process = start("train_rm.py", flags, ranks=2)
+        while steps_logged(out) < 3:
+            time.sleep(0.002)
+        stats = [open(path).read().rsplit(")", 1) for path in glob.glob("/proc/[0-9]*/stat")]
+        ranks = sorted(int(name.split()[0]) for name, rest in stats if int(rest.split()[1]) == process.pid)
+        os.kill(ranks[-1], signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert process.returncode != 0 and steps_logged(out) < 6
+        run_well("train_rm.py", flags, ranks=2)
+        return out
+
     def ppo(name, ranks=1):
         run_well("train_ppo.py", ppo_flags(world, started["rm"].result() + "/model", f"{top}/{name}"), ranks)
         return f"{top}/{name}"
@@ -862,7 +882,7 @@ def runs(world, tmp_path_factory):
         return out
 
     for name, job, *args in (("rm", rm, "rm"), ("rm_two", rm, "rm_two", 2), ("ppo", ppo, "ppo"),
-                             ("rm_killed", rm_killed), ("ppo_two", ppo, "ppo_two", 2), ("ppo_killed", ppo_killed),
+                             ("rm_killed", rm_killed), ("rm_orphan", rm_orphan), ("ppo_two", ppo, "ppo_two", 2), ("ppo_killed", ppo_killed),
                              ("ppo_moved", ppo_moved)):
         started[name] = pool.submit(job, *args)
     yield started
@@ -972,8 +992,9 @@ def test_a_finished_run_is_never_touched(runs, world, capsys):
         assert tree(out) == before
 
 
-@pytest.mark.parametrize("a,b,tolerance", [("rm", "rm_two", 1e-4), ("ppo", "ppo_two", 1e-4), ("rm", "rm_killed", 0),
-                                           ("ppo", "ppo_killed", 0), ("ppo", "ppo_moved", 1e-4)])
+@pytest.mark.parametrize("a,b,tolerance", [
+    ("rm", "rm_two", 1e-4), ("ppo", "ppo_two", 1e-4), ("rm", "rm_killed", 0), ("rm", "rm_orphan", 1e-4),
+    ("ppo", "ppo_killed", 0), ("ppo", "ppo_moved", 1e-4)])
 def test_ranks_and_kills_do_not_change_a_run(runs, a, b, tolerance):
     """Metrics and exported weights: two ranks to 1e-4; killed and resumed on one rank bit for bit."""
     same_run(runs[a].result(), runs[b].result(), tolerance)
@@ -1042,7 +1063,362 @@ def test_oracle_rewards_take_the_place_of_a_reward_model(world, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. The recipes of config/: the authors' numbers, written out once more
+# 6. Attacks: nothing lost, nobody let in
+# ------------------------------------------------------------------------------------------------------------
+ODD = ["<eos>", "<bos>", "<system>", "<assistant>\n", "<user>", "<|im_end|>", "<|eot_id|>", "{{ x }}", "{% raw %}", "../../etc",
+       "\0", "\ud800", "\u202e", "\ufeff", "\u200b", "\u2028", "e\u0301", "👩‍👩‍👧", "𝔘", "ﷺ", "\r\n", "\t", "null", "phone", "good."]
+
+
+def odd_text(rng):
+    k = rng.random()
+    return "" if k < .04 else " \n" if k < .06 else "x" * 9000 if k < .07 else "".join(
+        rng.choice(ODD) if rng.random() < .6 else chr(rng.randrange(1, 0x2fff)) for _ in range(rng.randrange(1, 25)))
+
+
+def odd_chat(rng, turns):
+    """Alternating messages that end with the assistant's; now and then a wrong role, order or type."""
+    chat = [(assistant if (turns - n) % 2 else user)(odd_text(rng)) for n in range(turns)]
+    if rng.random() < .06:
+        chat.insert(rng.randrange(turns + 1), rng.choice([
+            {"role": "system", "content": odd_text(rng)}, {"role": "<eos>", "content": "a"}, {"role": "user"}, None, "text",
+            {"role": None, "content": "a"}, user(None), user(7), user([odd_text(rng)]), assistant({"a": 1}), {}, []]))
+    return chat
+
+
+def odd_row(rng):
+    chat, text = odd_chat(rng, rng.choice([2, 2, 2, 4, 4, 6, 1])), odd_text(rng)
+    return rng.choices([
+        lambda: {"chosen": chat, "rejected": chat[:-1] + [assistant(text)]},
+        lambda: {"prompt": text, "chosen": odd_text(rng), "rejected": odd_text(rng), "extra": [None]},
+        lambda: {"prompt": chat[:-1], "chosen": text, "rejected": [assistant(odd_text(rng))]},
+        lambda: rng.choice([{}, [1], "text", None, 5, {"chosen": 5, "rejected": {}}, {"chosen": text, "rejected": text},
+                            {"chosen": chat}, {"prompt": chat}, {"prompt": None, "chosen": None, "rejected": chat}]),
+    ], [60, 20, 15, 5])[0]()
+
+
+def odd_file(rng, folder):
+    rows = [odd_row(rng) for _ in range(rng.randrange(1, 4))]
+    rows += rows[:1] * (rng.random() < .1)                                       # twice the same
+    dump = lambda row: json.dumps(row, ensure_ascii=rng.random() < .5)
+    kind = rng.choice(["jsonl", "json", "jsonl.gz", "array.jsonl", "parquet"])
+    path = f"{folder}/odd.{kind}"
+    if kind == "parquet":
+        try:
+            import datasets
+            datasets.disable_progress_bars()
+            datasets.Dataset.from_list(rows).to_parquet(path)
+            return path
+        except Exception:                                                        # no such package, or mixed columns
+            path = f"{folder}/odd.jsonl"
+    text = "[" + ",\n".join(map(dump, rows)) + "]" if "json" == kind[-4:] or "array" in kind else \
+        rng.choice(["\n", "\r\n", "\n\n"]).join(map(dump, rows))
+    data = (rng.choice(["", "\ufeff"]) + text).encode("utf-8", "surrogatepass")
+    if rng.random() < .04:
+        data = data[:rng.randrange(len(data))]
+    return write(path, gzip.compress(data) if kind.endswith("gz") else data)
+
+
+def test_odd_files_are_encoded_faithfully_or_refused_in_one_line(tmp_path, families, capsys):
+    """Files of every layout with everything a text can hold. FUZZ=10000 pytest test_all.py -k odd_files: the long way."""
+    rng, encoded, turned_away = random.Random(0), 0, 0
+    tokenizers = [segment.load_tokenizer(folder) for folder in families.values()]
+    for _ in range(int(os.environ.get("FUZZ", 150))):
+        path = odd_file(rng, tmp_path)
+        try:
+            pairs = list(segment.load_pairs(path))
+            prompts = segment.load_prompts(path)
+            for tokenizer, stops in tokenizers:
+                special = [i for i, t in tokenizer.added_tokens_decoder.items() if t.special and i != tokenizer.unk_token_id]
+                chats = [(prompt, text, where) for prompt, *both, where in pairs for text in both]
+                rows = segment.encode_chats(tokenizer, stops, chats, 240, 120)
+                meek = [([m | {"content": "good"} for m in prompt], "good", where) for prompt, _, where in chats]
+                for (p, r), (q, s), (prompt, text, _) in zip(rows, segment.encode_chats(tokenizer, stops, meek, 999, 999), chats):
+                    assert 0 < len(r) and len(p) + len(r) <= 240 and not np.isin(r[:-1], stops).any()
+                    skeleton = q[np.isin(q, special)].tolist()                   # nothing typed is a special token
+                    found = p[np.isin(p, special)].tolist()
+                    whole, = segment.encode_prompts(tokenizer, [prompt], 10 ** 6)
+                    assert whole[np.isin(whole, special)].tolist() == skeleton and found == skeleton[len(skeleton) - len(found):]
+                    if tokenizer is tokenizers[2][0] and np.isin(r[-1], stops):  # the one that knows every byte
+                        assert tokenizer.decode(r[:-1]).replace("\u200b", "") == nfc("NFC", text).replace("\u200b", "")
+                    encoded += 1
+                segment.encode_prompts(tokenizer, prompts, 120)
+        except SystemExit as end:
+            err = capsys.readouterr().err.splitlines()
+            assert end.code == 2 and len(err) == 1 and (f"{path} " in err[0] or f"{path}:" in err[0]), err
+            turned_away += 1
+    assert encoded > 500 and turned_away > 10, (encoded, turned_away)
+
+
+def test_a_tokenizer_may_hold_a_pad_token_that_the_model_lacks(families, tmp_path, capsys):
+    folder = shutil.copytree(families["llama3"], f"{tmp_path}/model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    V = json.load(open(f"{folder}/config.json"))["vocab_size"]
+    tokenizer.add_special_tokens({"pad_token": "<mine>"}), tokenizer.add_tokens([f"gadget{k}" for k in range(V)])
+    tokenizer.save_pretrained(folder)
+    tokenizer, stops = segment.load_tokenizer(folder)
+    assert len(tokenizer) > V and stops.tolist() == [2]
+    banned = never_sampled(tokenizer, stops, V)
+    assert len(banned) == V and banned[1] and not banned[2]
+    good = [([user("good phone <mine>")], "good", "row 1")]
+    segment.encode_chats(tokenizer, stops, good, 99, 50)
+    with pytest.raises(SystemExit):
+        segment.encode_chats(tokenizer, stops, [([user(f"gadget{V - 1}")], "good", "row 1")], 99, 50)
+    assert "embeddings" in capsys.readouterr().err
+
+
+def test_tokenizers_without_pad_or_end(families, tmp_path, capsys):
+    folder = shutil.copytree(families["smollm2"], f"{tmp_path}/model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.bos_token = None        # nobody needs them: padding is never looked at
+    tokenizer.save_pretrained(folder)
+    tokenizer, stops = segment.load_tokenizer(folder)
+    assert tokenizer.pad_token is None and tokenizer.bos_token is None and stops.tolist() == [2]
+    rm = load_model(folder, ScalarModel, CPU, torch.float32, head_std=.1)
+    train_rm.export(rm, tokenizer, folder, f"{tmp_path}/rm", torch.float32)
+    assert json.load(open(f"{tmp_path}/rm/config.json"))["pad_token_id"] == 2
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    config = json.load(open(f"{folder}/config.json"))
+    write(f"{folder}/config.json", json.dumps(config | {"eos_token_id": None}))
+    os.remove(f"{folder}/generation_config.json")
+    assert "no stop token" in refused(capsys, lambda: segment.load_tokenizer(folder))
+
+
+class Marker:
+    """Unpickled, it makes a file."""
+    path = ""
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("evil", ["code", "tokenizer code", "pickle", "template", "cache"])
+def test_nothing_that_is_loaded_runs(families, world, tmp_path, capsys, evil):
+    folder, Marker.path = shutil.copytree(families["llama3"], f"{tmp_path}/model"), f"{tmp_path}/marker"
+    data, cache = f"{world}/pairs.jsonl", f"{tmp_path}/cache"
+    flags = ["--data", data, "--eval_data", data, "--cache", cache, "--max_samples", "40", "--max_steps", "1", "--out",
+             f"{tmp_path}/out", "--model", folder, "--batch_size", "8"]
+    write(f"{folder}/evil.py", f"open({Marker.path!r}, 'w')\nclass Evil: pass\n")
+    everything = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None],
+                  "AutoModelForSequenceClassification": "evil.Evil"}
+    change = {"code": ("config.json", {"model_type": "evil", "auto_map": everything}),
+              "tokenizer code": ("tokenizer_config.json", {"tokenizer_class": "Evil", "auto_map": everything})}
+    if evil in change:
+        name, more = change[evil]
+        write(f"{folder}/{name}", json.dumps(json.load(open(f"{folder}/{name}")) | more))
+    elif evil == "pickle":
+        os.remove(f"{folder}/model.safetensors")
+        torch.save({"model.embed_tokens.weight": Marker()}, f"{folder}/pytorch_model.bin")
+    elif evil == "template":
+        write(f"{folder}/chat_template.jinja", "{{ cycler.__init__.__globals__.os.system('touch " + Marker.path + "') }}")
+    else:
+        train_rm.main(parse(train_rm.Config, flags))
+        for path in glob.glob(f"{cache}/*.npy"):
+            np.save(path, np.array([Marker()], dtype=object), allow_pickle=True)
+        flags[flags.index("--out") + 1] += "2"
+    try:                                                    # a tokenizer's own code may be left aside, too
+        train_rm.main(parse(train_rm.Config, flags))
+        assert evil == "tokenizer code"
+    except SystemExit as end:
+        assert end.code == 2 and capsys.readouterr().err.count("error: ") == 1
+    assert not os.path.exists(Marker.path)
+
+
+def test_the_sources_hold_no_pickle_and_no_remote_code():
+    for path in glob.glob("*.py") + glob.glob("data/reviews/*.py"):
+        text = open(path).read()
+        if path != "test_all.py":
+            assert not re.search(r"torch\.(load|save)\(|pickle\b(?!=False)|trust_remote_code=True|[^.]\b(eval|exec)\(", text)
+
+
+def edit(path, change):
+    """Damage a file: change(bytes) -> bytes."""
+    data = open(path, "rb").read()
+    write(path, change(data))
+
+
+def zero_head(data):
+    return b"".join([data[:len(data) - 256], bytes(256)])
+
+
+@pytest.fixture(scope="session")
+def halted(world, tmp_path_factory):
+    """An unfinished run of a reward model with its cache: one checkpoint, of step 3 of 6, saved after an evaluation."""
+    out = str(tmp_path_factory.mktemp("halted")) + "/run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        calls = iter(range(99))
+        patch.setattr(train_rm.StopSignal, "agreed", lambda self, device: signal.SIGTERM if next(calls) == 2 else 0)
+        rm_here(world, out)
+    assert end.value.code == 143 and os.listdir(f"{out}/checkpoint") == ["step_3"]
+    return out
+
+
+def copy_of(halted, folder):
+    out = shutil.copytree(halted, f"{folder}/run")
+    shutil.copytree(f"{halted}-cache", f"{out}-cache")
+    return out
+
+
+SHARD, CACHED = "run/checkpoint/step_3/*.safetensors", "run-cache/*.npy"
+DAMAGE = [("run/config.json", lambda x: x[:50]), ("run/config.json", lambda x: b"[]"), ("run/config.json", lambda x: b"\xff"),
+          ("run/metrics.jsonl", lambda x: b"\n" + x), ("run/metrics.jsonl", lambda x: x.replace(b'"step": 2', b'"step": 9')),
+          ("run/metrics.jsonl", lambda x: b"\xff\xfe" + x), ("run/metrics.jsonl", lambda x: b"[1]\n" + x),
+          (SHARD, lambda x: x[:len(x) // 2]), (SHARD, lambda x: b""), (SHARD, lambda x: b"\xff" * 64 + x[64:]),
+          (CACHED, lambda x: x[:len(x) // 2]), (CACHED, lambda x: b""), (CACHED, lambda x: x[:70]),
+          (CACHED, lambda x: b"\0" * 128 + x[128:])]
+
+
+@pytest.mark.parametrize("name,change", DAMAGE, ids=[f"{name}-{k}" for k, (name, _) in enumerate(DAMAGE)])
+def test_damaged_files_are_named_and_nothing_is_touched(world, halted, tmp_path, capsys, name, change):
+    out = copy_of(halted, tmp_path)
+    for path in glob.glob(f"{tmp_path}/{name}"):
+        edit(path, change)
+    before = {p: x for p, x in tree(tmp_path).items()}
+    message = refused(capsys, lambda: rm_here(world, out, "--resume"))
+    assert re.search(f"{tmp_path}/{name}".replace("*", r"\S*").replace("/model.safetensors", "").replace(
+        r"/\S*.safetensors", ""), message), message
+    assert {p: x for p, x in tree(tmp_path).items()} == before
+
+
+@pytest.mark.parametrize("limit,resume", [(2_000, False), (150_000, True)], ids=["entropies", "checkpoint"])
+def test_a_full_disk_costs_nothing(world, halted, runs, tmp_path, capsys, monkeypatch, limit, resume):
+    """No file may grow beyond the limit; later there is room again."""
+    out = copy_of(halted, tmp_path) if resume else f"{tmp_path}/run"
+    flags = rm_flags(world, out, "--resume")
+    monkeypatch.setattr(sys, "argv", ["train_rm.py", *flags])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        message = refused(capsys, lambda: segment.start(train_rm.main, train_rm.Config))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        segment.setup()
+    assert "--resume" in message
+    assert not resume or os.path.exists(f"{out}/checkpoint/step_3") and len(metrics(out)) == 4
+    assert not glob.glob(f"{out}-cache/entropy-????????????????????????????????.npy") or resume
+    rm_here(world, out, "--resume")
+    same_run(runs["rm"].result(), out)
+
+
+@pytest.mark.parametrize("place", ["/proc/no/run", "{}/file/run", "{}/file"])
+def test_a_folder_that_cannot_be_written_is_one_line(world, tmp_path, capsys, monkeypatch, place):
+    write(f"{tmp_path}/file", "x")
+    flags = ["--out", place.format(tmp_path), "--cache", f"{tmp_path}/cache"]
+    monkeypatch.setattr(sys, "argv", ["train_rm.py", *rm_flags(world, f"{tmp_path}/out"), *flags])
+    try:
+        assert place.format(tmp_path) in refused(capsys, lambda: segment.start(train_rm.main, train_rm.Config))
+    finally:
+        segment.setup()
+
+
+def test_two_runs_on_one_folder(world, halted, tmp_path, capsys):
+    out = copy_of(halted, tmp_path)
+    before = tree(out)
+    with open(f"{out}/.lock", "a") as other:                # as another process would
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "another run" in refused(capsys, lambda: rm_here(world, out, "--resume"))
+    assert tree(out) == before
+
+
+def bad_steps(patch, steps):
+    """The reward model's loss is not finite in these steps, counted from 0."""
+    losses, rate, step = train_rm.bradley_terry, train_rm.learning_rate, [0]
+
+    def count(*args):
+        step[0] += 1
+        return rate(*args)
+    patch.setattr(train_rm, "learning_rate", count)
+    patch.setattr(train_rm, "bradley_terry", lambda a, b: losses(a, b) * (math.nan if step[0] in steps else 1))
+
+
+def test_losses_that_are_not_finite_are_skipped_and_five_stop_the_run(world, halted, tmp_path, capsys, monkeypatch):
+    out = copy_of(halted, tmp_path)
+    with monkeypatch.context() as patch:
+        bad_steps(patch, [0])
+        rm_here(world, out, "--resume")
+    rows = metrics(out)
+    assert [row["skipped"] for row in rows] == [0, 0, 0, 1, 0, 0] and rows[3]["loss"] is None is rows[3]["grad_norm"]
+    assert all(x.isfinite().all() for x in weights(out).values())
+    out, flags = f"{tmp_path}/five", ["--max_steps", "12", "--save_every", "4"]
+    with monkeypatch.context() as patch:
+        bad_steps(patch, range(4, 99))
+        assert "5 steps in a row" in refused(capsys, lambda: rm_here(world, out, *flags))
+    assert [row["skipped"] for row in metrics(out)] == [0, 0, 0, 0, 1, 2, 3, 4, 5]
+    assert {"step_4", "step_9"} <= set(os.listdir(f"{out}/checkpoint")) and os.path.exists(f"{out}/model/config.json")
+    rm_here(world, out, *flags, "--resume")                 # the weights are those of step 4, so it simply goes on
+    assert [row["skipped"] for row in metrics(out)[9:]] == [0, 0, 0] and os.listdir(out).count("checkpoint") == 0
+
+
+@pytest.fixture(scope="session")
+def odd_rewards(runs, tmp_path_factory):
+    """Reward models that say always 0, NaN, or infinity."""
+    top, rm = str(tmp_path_factory.mktemp("odd_rewards")), runs["rm"].result() + "/model"
+    for name, value in (("constant", 0.0), ("nan", math.nan), ("inf", math.inf)):
+        shutil.copytree(rm, f"{top}/{name}")
+        state = load_file(f"{rm}/model.safetensors")
+        save_file(state | {"score.weight": torch.full_like(state["score.weight"], value)},
+                  f"{top}/{name}/model.safetensors", {"format": "pt"})
+    return top
+
+
+@pytest.mark.parametrize("name", ["nan", "inf"])
+def test_rewards_that_are_not_finite_stop_ppo_with_a_checkpoint(world, odd_rewards, tmp_path, capsys, name):
+    out = f"{tmp_path}/out"
+    message = refused(capsys, lambda: ppo_here(world, f"{odd_rewards}/{name}", out, "--max_steps", "9", "--max_new_tokens", "12"))
+    assert "not finite" in message and [row["skipped"] for row in metrics(out)] == [2, 4, 6]
+    assert metrics(out)[0]["reward"] is None and "step_3" in os.listdir(f"{out}/checkpoint")
+    sft = load_file(f"{world}/sft/model.safetensors")       # and the policy is what it was
+    assert all(torch.equal(x, sft[k]) for k, x in weights(out).items())
+
+
+def test_constant_rewards_and_one_pair_to_calibrate_on(world, odd_rewards, runs, tmp_path, capsys):
+    here = lambda *flags: rm_here(world, f"{tmp_path}/rm", "--calibrate_only", "--reward_model", *flags)
+    assert "do not vary" in refused(capsys, lambda: here(f"{odd_rewards}/constant"))
+    one = write(f"{tmp_path}/one.jsonl", [json.loads(open(f"{world}/pairs.jsonl").readline())])
+    assert "calibration on 2 responses" in refused(capsys, lambda: here(runs["rm"].result() + "/model", "--data", one))
+    ppo_here(world, f"{odd_rewards}/constant", f"{tmp_path}/ppo", "--max_steps", "2", "--fit", "0 0 0 1",
+             "--reward_scale", "none", "--missing_eos_reward", "0")
+    rows = metrics(f"{tmp_path}/ppo")
+    assert all(row["reward"] == row["reward_total"] == 0 and all(map(math.isfinite, row.values())) for row in rows)
+
+
+@pytest.mark.parametrize("granularity", ["segment", "token", "bandit"])
+@pytest.mark.parametrize("case", ["all unfinished", "all empty"])
+def test_rollouts_in_which_all_end_alike(world, runs, tmp_path, monkeypatch, granularity, case):
+    """No response ends in time; or each is only an end-of-turn token."""
+    if case == "all empty":
+        monkeypatch.setattr(train_ppo, "never_sampled", lambda tokenizer, stops, V: ~torch.isin(torch.arange(V), stops))
+    ppo_here(world, runs["rm"].result() + "/model", f"{tmp_path}/out", "--max_steps", "2", "--max_new_tokens", "7",
+             "--granularity", granularity)
+    for row in metrics(f"{tmp_path}/out"):
+        assert all(map(math.isfinite, row.values())) and row["skipped"] == 0
+        assert (row["finished"], row["response_length"]) == ((0, 7) if case == "all unfinished" else (1, 1))
+
+
+def test_the_special_rules_and_the_critics_start(world, runs, tmp_path):
+    """--bad_length, --divide_by_length, --critic_warmup, --critic_init, --ppo_epochs: what each must do to a run."""
+    def run(name, *flags):
+        ppo_here(world, runs["rm"].result() + "/model", f"{tmp_path}/{name}", "--max_steps", "1", "--missing_eos_reward",
+                 "0", *flags)
+        return metrics(f"{tmp_path}/{name}")[0], weights(f"{tmp_path}/{name}")
+    short = ["--max_new_tokens", "9"]
+    plain, plain_weights = run("plain", *short)
+    assert run("divided", *short, "--divide_by_length", "true")[0]["reward_total"] == pytest.approx(plain["reward_total"] / 9)
+    bad = run("bad", *short, "--bad_length", "800")[0]      # all are unfinished
+    assert bad["reward_total"] == pytest.approx(-.05 * 9) and bad["reward"] == pytest.approx(plain["reward"])
+    sft = load_file(f"{world}/sft/model.safetensors")
+    warm, warm_weights = run("warm", *short, "--critic_warmup", "1")
+    assert all(torch.equal(x, sft[k]) for k, x in warm_weights.items()) and warm["value_loss"] == plain["value_loss"]
+    assert not all(torch.equal(x, sft[k]) for k, x in plain_weights.items())
+    twice, twice_weights = run("twice", *short, "--ppo_epochs", "2")
+    assert twice["reward"] == plain["reward"] and abs(twice["first_ratio"] - 1) < 1e-5
+    assert any(not torch.equal(x, plain_weights[k]) for k, x in twice_weights.items())
+    assert plain["explained_variance"] == 0                 # a critic that starts at zero explains nothing
+    assert run("critic", *short, "--critic_init", "reward_model")[0]["explained_variance"] != 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 7. The recipes of config/: the authors' numbers, written out once more
 # ------------------------------------------------------------------------------------------------------------
 MODELS = {  # file prefix: (model, passes, cutoff)
     "phi3-mini": ("microsoft/Phi-3-mini-4k-instruct", 2, 1.75), "llama3-sft-8b": ("RLHFlow/LLaMA3-SFT-v2", 1, 2.0),
@@ -1084,7 +1460,7 @@ def test_recipes_of_the_paper(prefix, granularity):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 7. The world's ground truth
+# 8. The world's ground truth
 # ------------------------------------------------------------------------------------------------------------
 GOOD, CAT = "waking really feels like a holiday.", "portraits really make my cat a king."
 LAKE = "maps somehow send me into the lake."
@@ -1120,7 +1496,7 @@ def test_a_world_is_a_function_of_its_seed(world, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 8. CUDA
+# 9. CUDA
 # ------------------------------------------------------------------------------------------------------------
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_few_steps_on_cuda(world, tmp_path):
@@ -1134,7 +1510,7 @@ def test_a_few_steps_on_cuda(world, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 9. Judging (chapter 4)
+# 10. Judging (chapter 4)
 # ------------------------------------------------------------------------------------------------------------
 ALPACA = os.path.join(HERE, "..", "shared", "data", "alpaca_eval")
 needs_alpaca = pytest.mark.skipif(not os.path.isdir(ALPACA), reason="the published AlpacaEval data is not here")
@@ -1518,7 +1894,7 @@ def test_page_escapes(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 10. The main job: what the README's first command must reach (`pytest test_all.py -k acceptance -s` prints it)
+# 11. The main job: what the README's first command must reach (`pytest test_all.py -k acceptance -s` prints it)
 # ------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def main_job():

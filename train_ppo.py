@@ -160,6 +160,14 @@ def draw_luck(seeds, R):
     return torch.from_numpy(np.stack([np.random.default_rng(s).integers(2 ** 62, size=R) for s in seeds]))
 
 
+def reads_alike(mine, theirs):
+    """Do both tokenizers give every token the same id? Special tokens may be missing from one: many reward models add a
+    pad token, which nobody ever reads."""
+    a, b = mine.get_vocab(), theirs.get_vocab()
+    special = {t.content for x in (mine, theirs) for t in x.added_tokens_decoder.values() if t.special}
+    return all(a.get(t) == b.get(t) or t in special and (t not in a or t not in b) for t in a | b)
+
+
 def never_sampled(tokenizer, stops, vocab_size):
     """bool (V,): special tokens that do not stop a response, and rows of the embedding that are no token."""
     banned = torch.arange(vocab_size) >= len(tokenizer)
@@ -222,7 +230,7 @@ def read_reward(cfg, tokenizer):
 
 def _read_reward(cfg, tokenizer):
     """-> own granularity, use, cutoff, Normalizer, scale; checks that the reward model fits policy and flags."""
-    if not cfg.oracle and read_tokenizer(cfg.reward_model).get_vocab() != tokenizer.get_vocab():
+    if not cfg.oracle and not reads_alike(tokenizer, read_tokenizer(cfg.reward_model)):
         fail(f"--reward_model {cfg.reward_model}: its tokenizer differs from that of --model {cfg.model}")
     path = os.path.join(cfg.reward_model, "reward.json")
     how_to = f"python train_rm.py --calibrate_only --reward_model {cfg.reward_model} --model {cfg.model}"
@@ -306,12 +314,12 @@ def main(cfg):
     optimizers = {m: torch.optim.AdamW(m.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=True)
                   for m, lr in ((actor, cfg.actor_lr), (critic, cfg.critic_lr))}
     trained = {"actor": (actor, optimizers[actor]), "critic": (critic, optimizers[critic])}
-    first_iteration = begin_run(cfg)                              # everything was readable: only now OUT is made
+    first_iteration, skipped = begin_run(cfg)                     # everything was readable: only now OUT is made
     if first_iteration:
         load_checkpoint(cfg, first_iteration, trained)
     parameters = sum(p.numel() for m in (actor, critic) for p in m.parameters())
 
-    stop, began, skipped = StopSignal(), time.time(), 0
+    stop, began = StopSignal(), time.time()
     for iteration in range(first_iteration, iterations):
         # ----------------------------------------------------------------------------------------------------
         # 1. sample: each rank decodes its rows, every rank gets all of them
@@ -448,11 +456,11 @@ def main(cfg):
             say(f"  user: {chats[drawn[0]][-1]['content']}\n  {paint(pieces, rewards[0, ends[0]].tolist())}")
         stopping = stop.agreed(device)
         if done % cfg.save_every == 0 or done == iterations or stopping or skipped >= 5:
-            save_checkpoint(cfg, done, trained)
+            save_checkpoint(cfg, done, trained, keep=skipped > 0)
             export(actor, tokenizer, cfg.model, f"{cfg.out}/model", dtype)
         if skipped >= 5:
-            fail(f"step {done}: losses or gradients were not finite in {skipped} updates in a row (skipped, saved); "
-                 "lower --actor_lr or look at the reward model")
+            fail(f"step {done}: losses or gradients were not finite in {skipped} updates in a row (skipped; saved, and "
+                 "the earlier checkpoint kept); lower --actor_lr or look at the reward model")
         if stopping:
             say(f"stopped after step {done}; continue with --resume")
             raise SystemExit(128 + stopping)

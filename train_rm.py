@@ -316,33 +316,42 @@ def _already_finished(cfg):
     return bool(old.get("finished"))
 
 
+def lock(out):
+    """Make the folder and hold it until this process ends, however it ends."""
+    try:
+        os.makedirs(out, exist_ok=True)
+        lock.file = open(f"{out}/.lock", "a")
+        fcntl.flock(lock.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run is writing to {out}; give this one its own --out")
+    except OSError as e:
+        fail(f"--out {out}: cannot be written ({e.strerror})")
+
+
 def begin_run(cfg):
-    """Lock OUT, write its config, cut metrics.jsonl back to the newest checkpoint. Returns the step to start from."""
+    """Lock OUT, write its config, cut metrics.jsonl back to the newest checkpoint. Returns the step to start from and
+    how many updates had been skipped in a row by then."""
     return on_rank0(_begin_run, cfg)
 
 
 def _begin_run(cfg):
-    os.makedirs(cfg.out, exist_ok=True)
-    _begin_run.lock = open(f"{cfg.out}/.lock", "a")               # held until the process ends, however it ends
-    try:
-        fcntl.flock(_begin_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another run is writing to {cfg.out}; give this one its own --out")
+    lock(cfg.out)
     if not os.path.exists(f"{cfg.out}/config.json"):
         write_json(f"{cfg.out}/config.json", asdict(cfg))
-        return 0
+        return 0, 0
     saved = os.listdir(f"{cfg.out}/checkpoint") if os.path.exists(f"{cfg.out}/checkpoint") else []
     step = max((int(name[5:]) for name in saved if name[5:].isdigit()), default=0)      # step_N.tmp is half a save
     say(f"{cfg.out}: " + (f"resuming after step {step}" if step else "no checkpoint yet, starting afresh"))
+    kept = []
     if os.path.exists(path := f"{cfg.out}/metrics.jsonl"):        # what came after the checkpoint will come again
-        with open(path, encoding="utf-8") as f:
-            lines = f.readlines()
         try:                                                      # a torn last line came after the checkpoint
-            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
-        except (ValueError, KeyError, TypeError) as e:
+            with open(path, encoding="utf-8") as f:
+                kept = [x for x in f if x.endswith("\n") and json.loads(x)["step"] <= step]
+            assert [json.loads(x)["step"] for x in kept] == list(range(1, step + 1)), f"it lacks steps before {step}"
+        except (ValueError, KeyError, TypeError, AssertionError) as e:
             fail(f"{path}: damaged ({one_line(e)}); mend or move the file, then --resume")
         write_text(path, "".join(kept))
-    return step
+    return step, json.loads(kept[-1])["skipped"] if kept else 0
 
 
 def finish_run(cfg):
@@ -353,12 +362,13 @@ def finish_run(cfg):
     dist.barrier()
 
 
-def read_json(path):
+def read_json(path, kind=dict):
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f)
+            value = json.load(f)
     except (OSError, ValueError) as e:
         fail(f"{path}: cannot be read ({one_line(e)})")
+    return value if isinstance(value, kind) else fail(f"{path}: cannot be read (it holds no JSON {kind.__name__})")
 
 
 def write_text(path, text):
@@ -444,8 +454,8 @@ def training_state(pairs):
     return state
 
 
-def save_checkpoint(cfg, step, pairs):
-    """OUT/checkpoint/step_N in safetensors, each rank its shards; complete or invisible. Older ones go."""
+def save_checkpoint(cfg, step, pairs, keep=False):
+    """OUT/checkpoint/step_N in safetensors, each rank its shards; complete or invisible. Older ones go, unless kept."""
     folder = f"{cfg.out}/checkpoint/step_{step}"
     on_rank0(shutil.rmtree, folder + ".tmp", ignore_errors=True)
     try:
@@ -456,7 +466,7 @@ def save_checkpoint(cfg, step, pairs):
     if rank() == 0:
         os.replace(folder + ".tmp", folder)
         for name in os.listdir(f"{cfg.out}/checkpoint"):
-            if name != f"step_{step}":
+            if name != f"step_{step}" and not keep:
                 shutil.rmtree(f"{cfg.out}/checkpoint/{name}")
     dist.barrier()
 
@@ -466,7 +476,7 @@ def load_checkpoint(cfg, step, pairs):
     try:
         dcp.load(training_state(pairs), storage_reader=HuggingFaceStorageReader(f"{cfg.out}/checkpoint/step_{step}"))
     except (Exception, CheckpointException) as e:
-        fail(f"{cfg.out}/checkpoint/step_{step}: cannot be loaded ({cause(e)})")
+        fail(f"{cfg.out}/checkpoint/step_{step}: cannot be loaded ({cause(e)}); delete that folder, then --resume")
 
 
 def cause(e):
@@ -534,6 +544,8 @@ def sft_entropies(cfg, rows, device, key):
             model = model or load_model(cfg.model, LanguageModel, device, dtype)
             H = map_rows(model, shard, cfg.micro_tokens, device,
                          f"SFT entropies {k // 2048 + 1}/{-(-len(rows) // 2048)}")[2].cpu().numpy()    # (b, R)
+            if not np.isfinite(H).all():
+                fail(f"--model {cfg.model}: its entropies are not finite; the weights are broken, or try --dtype fp32")
             if rank() == 0:
                 np.save(path + ".tmp.npy", np.concatenate([h[:n] for h, n in zip(H, lengths)]))
                 os.replace(path + ".tmp.npy", path)
@@ -652,10 +664,11 @@ def main(cfg):
     # --------------------------------------------------------------------------------------------------------
     # training: Bradley-Terry on mean segment rewards
     # --------------------------------------------------------------------------------------------------------
-    first_step = 0 if cfg.calibrate_only else begin_run(cfg)     # everything was readable: only now OUT is made
+    # everything was readable: only now OUT is made
+    first_step, skipped = (0, 0) if cfg.calibrate_only else begin_run(cfg)
     if first_step:
         load_checkpoint(cfg, first_step, trained)
-    stop, began, skipped = StopSignal(), time.time(), 0
+    stop, began = StopSignal(), time.time()
     for step in range(first_step, steps) if not cfg.calibrate_only else ():
         tick = time.time()
         epoch, position = divmod(step, per_epoch)
@@ -699,11 +712,12 @@ def main(cfg):
                 + (f" | held-out accuracy {row['eval_accuracy']:.3f}" if "eval_accuracy" in row else ""))
         stopping = stop.agreed(device)
         if done % cfg.save_every == 0 or done == steps or stopping or skipped == 5:
-            save_checkpoint(cfg, done, trained)
+            save_checkpoint(cfg, done, trained, keep=skipped > 0)
             if done < steps:
                 export(model, tokenizer, cfg.model, f"{cfg.out}/model", dtype)
         if skipped == 5:
-            fail(f"step {done}: loss or gradients were not finite in 5 steps in a row (skipped, saved); lower --lr")
+            fail(f"step {done}: loss or gradients were not finite in 5 steps in a row (skipped; saved, and the earlier "
+                 "checkpoint kept); lower --lr")
         if stopping:
             say(f"stopped after step {done}; continue with --resume")
             raise SystemExit(128 + stopping)

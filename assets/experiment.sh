@@ -29,10 +29,10 @@ mkdir -p $OUT
 seq $DRAWS | xargs -P $JOBS -I{} bash -c 'draw {} > $OUT/draw{}.log 2>&1 || echo "failed: $OUT/draw{}.log"'
 
 {   # each method on the same grid of KL coefficients, two seeds; the oracle: true clause rewards, two placements
-    for s in 0 1; do for d in $(seq $DRAWS); do
-        for g in segment token bandit; do for kl in .03 .1; do echo "ppo $d $g-kl$kl $g $s --kl_coef $kl"; done; done
-        for g in segment bandit; do echo "ppo $d oracle-$g oracle $s --oracle $GOLD:clause_values --granularity $g"; done
-    done; done
+    for kl in .03 .1 .01 .3; do for s in 0 1; do for d in $(seq $DRAWS); do
+        for g in segment token bandit; do echo "ppo $d $g-kl$kl $g $s --kl_coef $kl"; done
+        [ $kl = .03 ] && for g in segment bandit; do echo "ppo $d oracle-$g oracle $s --oracle $GOLD:clause_values --granularity $g"; done
+    done; done; done
     # ablations on the segment reward model: what else the paper varies, and what we added; compare with segment-kl.03
     for d in $(seq $((DRAWS < 3 ? DRAWS : 3))); do for s in 0; do
         for n in global last none; do echo "ppo $d normalizer-$n segment $s --normalizer $n"; done

@@ -19,7 +19,7 @@ from segment import (LanguageModel, encode_chats, is_finished, load_model, load_
 from train_rm import GRANULARITIES, Normalizer, ScalarModel, read_json  # noqa: E402
 
 METHODS, COLORS = ("segment", "token", "bandit"), dict(segment="tab:red", token="tab:blue", bandit="tab:gray")
-GRID = (".03", ".1")
+GRID = (".01", ".03", ".1", ".3")
 
 
 def load(out):
