@@ -1947,3 +1947,16 @@ def test_acceptance(main_job, capsys, monkeypatch):
     with capsys.disabled():
         print("\n" + "\n".join(f"{name:50} {x:7.3f}   {low} to {high}" for name, (x, low, high) in reached.items()))
     assert all(low <= x <= high for x, low, high in reached.values())
+
+
+def test_true_rewards_per_segment_teach_faster_than_per_response(main_job, tmp_path):
+    """Credit assignment alone: the world's true clause values, given where they are due or summed up at the end."""
+    oracle = ["--oracle", f"{WORLD_PY}:clause_values"]
+    run_well("train_rm.py", ["--calibrate_only", *oracle, "--out", f"{tmp_path}/oracle"])
+    names = ("segment", "bandit")
+    started = [start("train_ppo.py", ["--reward_model", f"{tmp_path}/oracle/model", *oracle, "--granularity", name,
+                                      "--max_steps", "15", "--out", f"{tmp_path}/{name}"]) for name in names]
+    for process in started:
+        assert process.communicate(timeout=300) and process.returncode == 0
+    gold = {name: np.mean([row["gold"] for row in metrics(f"{tmp_path}/{name}")[-3:]]) for name in names}
+    assert gold["segment"] >= gold["bandit"] + .2 and gold["segment"] > -.2, gold
