@@ -30,7 +30,6 @@ import os
 import random
 import re
 import threading
-import urllib.parse
 import urllib.request
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -47,7 +46,8 @@ from transformers import AutoModelForCausalLM
 from segment import (WORLD, LanguageModel, compute_dtype, encode_chats, encode_prompts, fail, is_finished, load_model,
                      load_pairs, load_prompts, load_tokenizer, map_rows, on_rank0, one_line, opt, prepare_world, rank,
                      read_config, read_rows, say, segment_ends, segment_texts, sequence_score, setup, start, tokenize)
-from train_rm import ScalarModel, fingerprint, load_function, lock, log_metrics, read_json, write_json, write_text
+from train_rm import (ScalarModel, fingerprint, load_function, lock, log_metrics, read_json, read_reward_json,
+                      write_json, write_text)
 from train_ppo import draw_luck, generate, never_sampled, prompt_text
 
 
@@ -224,7 +224,7 @@ def open_judge(cfg, device):
     """The form of --judge decides. Its id, part of the cache's keys, changes with what the file or the weights hold."""
     if cfg.api_base:
         return Judge(f"{cfg.judge} {digest(ASK)}", True, False, lambda pairs: ask_endpoint(cfg, pairs))
-    f = load_function(cfg.judge, "--judge") if FUNCTION.search(cfg.judge) else None
+    f = load_function(cfg.judge, "--judge", float) if FUNCTION.search(cfg.judge) else None
     name = f"{cfg.judge} {on_rank0(content_id, cfg.judge)}"
     if f:
         return Judge(name, True, True, lambda pairs: ask_function(cfg, f, pairs))
@@ -242,12 +242,9 @@ def questions(pair):
 def ask_function(cfg, f, pairs):
     """The higher score wins."""
     for pair in pairs:
-        prompt, finished = prompt_text(pair["messages"]), pair["finished"]
-        try:
-            a, b = (float(f(prompt, pair[f"output_{k}"], finished[k - 1])) for k in (1, 2))
-            assert math.isfinite(a + b), f"{a} and {b} are no scores"
-        except Exception as e:
-            fail(f"--judge {cfg.judge}: {type(e).__name__} for the prompt {pair['instruction'][:60]!r}: {one_line(e)}")
+        a, b = (f(prompt_text(pair["messages"]), pair[f"output_{k}"], pair["finished"][k - 1]) for k in (1, 2))
+        if not math.isfinite(a + b):
+            fail(f"--judge {cfg.judge}: {a} and {b} for the prompt {pair['instruction'][:60]!r} are no scores")
         yield pair, {"preference": 1.5 + ((b > a) - (b < a)) / 2, "score_1": a, "score_2": b}
 
 
@@ -266,7 +263,7 @@ def open_reward_model(cfg, path, device):
     reward.json; a sequence classifier without one is read at the last token, as transformers does."""
     dtype, sft, saved = compute_dtype(cfg.dtype, device), None, {"granularity": "bandit", "cutoff": 0}
     if os.path.isfile(f"{path}/reward.json"):
-        saved = on_rank0(read_json, f"{path}/reward.json")
+        saved = on_rank0(read_reward_json, f"{path}/reward.json")
     tokenizer, stops = load_tokenizer(path)
     context = read_config(path).max_position_embeddings
     model = load_model(path, ScalarModel, device, dtype)
@@ -355,7 +352,7 @@ def ask_endpoint(cfg, pairs):
                     lost, verdict = 0, {"preference": 1 + (p + 1 - q) / 2}
                 except Failed as e:
                     lost += e.kind == "network"
-                    verdict = {"failed": one_line(e).replace(key or "\0", "***")}
+                    verdict = {"failed": one_line(e)}
                     if e.kind == "all" or lost >= 10:
                         fail(f"--api_base: {verdict['failed']}; verdicts so far are kept, run the same command again")
                 yield asked[done], verdict
@@ -366,6 +363,7 @@ def ask_endpoint(cfg, pairs):
 
 def ask(cfg, key, question, logprobs=True):
     """One request -> the probability that B is better. Failed where there is none."""
+    hide = lambda text: text.replace(key, "***") if key else text         # before anything is cut or quoted
     body = {"model": cfg.judge, "messages": [{"role": "user", "content": question}], "max_tokens": 8, "temperature": 0}
     body |= {"logprobs": True, "top_logprobs": 5} if logprobs else {}
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
@@ -373,7 +371,7 @@ def ask(cfg, key, question, logprobs=True):
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
         with urllib.request.build_opener(AnyStatus).open(request, timeout=cfg.timeout) as r:
-            status, wait, text = r.status, r.headers.get("Retry-After", ""), r.read().decode("utf-8", "replace")
+            status, wait, text = r.status, r.headers.get("Retry-After", ""), hide(r.read().decode("utf-8", "replace"))
     except (OSError, http.client.HTTPException) as e:            # time-outs, refused and broken connections
         raise Failed("network", f"no answer ({one_line(e)})")
     if status in (400, 422) and logprobs:                        # a server that offers none may refuse to be asked
@@ -384,14 +382,14 @@ def ask(cfg, key, question, logprobs=True):
         seconds = float(wait) if re.fullmatch(r"\d+(\.\d+)?", wait) else 0.0
         raise Failed(kind, f"HTTP {status} {one_line(text)}", min(60.0, seconds))
     try:
-        return read_verdict(json.loads(text)["choices"][0])
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return read_verdict(json.loads(text)["choices"][0], hide)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise Failed("network", f"not a chat completion: {text[:80]!r}")
 
 
-def read_verdict(choice):
+def read_verdict(choice, hide=str):
     """The reply must be a bare label; how sure the judge was of it is in the log-probabilities, if there are any."""
-    text = choice["message"]["content"] or choice["message"].get("refusal") or ""
+    text = hide(choice["message"]["content"] or choice["message"].get("refusal") or "")
     said = re.fullmatch(r"\W*(?:(?i:the )?(?i:better )?(?i:answer|response|output)\W+(?:(?i:is)\W+)?)?([AB])\W*",
                         text.strip().partition("\n")[0])
     if not said:
@@ -400,7 +398,7 @@ def read_verdict(choice):
         if token["token"].strip() == said[1]:
             p = Counter()
             for x in token.get("top_logprobs") or ():
-                p[x["token"].strip()] += math.exp(min(0.0, x["logprob"]))
+                p[x["token"].strip()] += math.exp(min(0.0, x["logprob"])) if x["logprob"] < 1 else 0.0       # NaN: 0
             if p["A"] + p["B"] > 0:
                 return p["B"] / (p["A"] + p["B"])
     return float(said[1] == "B")
@@ -415,11 +413,16 @@ def digest(*parts):
 
 def content_id(source):
     """A hash of what a file, a file.py:function or a model holds."""
-    path = source.rpartition(":")[0] if FUNCTION.search(source) else source
+    path, weights = source.rpartition(":")[0] if FUNCTION.search(source) else source, ""
     if not os.path.isfile(path):
-        return fail(f"{path}: no such file") if FILE.search(path) else fingerprint(path) if read_config(path) else None
+        if FILE.search(path):
+            fail(f"{path}: no such file")
+        read_config(path)                                        # says it best if there is no model at all
+        weights, path = fingerprint(path), f"{path}/reward.json"
+        if not os.path.isfile(path):
+            return weights
     with open(path, "rb") as f:
-        return hashlib.blake2b(f.read(), digest_size=16).hexdigest()
+        return weights + hashlib.blake2b(f.read(), digest_size=16).hexdigest()
 
 
 def is_reward_model(path):
@@ -444,8 +447,10 @@ class Cache(dict):
         for line in text.split("\n"):
             try:
                 row = json.loads(line)
+                assert isinstance(row["finished"], bool) and isinstance(row["output"], str) if "output" in row else \
+                    1 <= row["preference"] <= 2
                 rows[row.pop("key")] = row
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
                 pass
         if text and text[-1] != "\n":
             with open(path, "a", encoding="utf-8") as f:
@@ -471,6 +476,9 @@ def begin(cfg, sources):
     differs = [f"--{k} was {old.get(k)!r}" for k, v in new.items() if k not in NOT_COMPARED and old.get(k) != v]
     if old and ("judge" not in old or old.get("finished") and differs):
         fail(f"{cfg.out} holds another run ({'; '.join(differs)[:300]}); give another --out")
+    foreign = ("metrics.jsonl", "leaderboard.csv", "summary.json", "annotations.json", "model", "checkpoint")
+    if found := [name for name in foreign if not old and os.path.exists(f"{cfg.out}/{name}")]:
+        fail(f"{cfg.out} holds {found[0]} but no config.json, so it is no evaluation; give another --out")
     if not old.get("finished"):
         lock(cfg.out)
         write_json(path, new)
@@ -498,7 +506,9 @@ def read_outputs(source, chats):
     for n, row in read_rows(source):
         if not isinstance(row.get("instruction"), str) or not isinstance(row.get("output"), str):
             fail(f"{source} row {n}: needs the columns instruction and output")
-        given[row["instruction"]] = row["output"]
+        output = row["output"].encode("utf-8", "replace").decode()
+        if given.setdefault(row["instruction"].encode("utf-8", "replace").decode(), output) != output:
+            fail(f"{source} row {n}: a second output for an instruction that came before; one file for each generator")
     for n, chat in enumerate(chats, 1):
         if conversation(chat) not in given:
             fail(f"{source}: no output for prompt {n}, {conversation(chat)[:60]!r}")
@@ -519,8 +529,8 @@ def answer(cfg, source, chats, side, cache, device):
     todo = sorted((n for n in range(len(chats)) if keys[n] not in cache), key=lambda n: len(prompts[n]))
     if todo:                                                     # every rank has a whole copy to decode with
         try:
-            hf, info = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype,
-                                                            output_loading_info=True)
+            hf, info = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True,
+                                                            trust_remote_code=False, output_loading_info=True)
         except Exception as e:
             fail(f"{source}: the weights cannot be read ({one_line(e)})")
         if info["missing_keys"]:
@@ -556,16 +566,18 @@ def read_annotations(sources, by="generator_2"):
     for source in sources:
         for n, row in read_rows(source):
             p = row["preference"] if "preference" in row else row.get("preference_surrogate", "nothing")
-            if p is not None and not (isinstance(p, (int, float)) and (p == 0 or 1 <= p <= 2 or math.isnan(p))):
+            if p is not None and not (isinstance(p, (int, float)) and (p == 0 or 1 <= p <= 2 or p != p)):
                 fail(f"{source} row {n}: preference must be in [1, 2] or null; here it is {p!r}")
             row = row | {"preference": p}
+            if not isinstance(row.get("instruction", ""), (str, type(None))):
+                fail(f"{source} row {n}: the instruction is no text")
             for k in "12":
                 if isinstance(row.get(f"output_{k}"), str):
                     row[f"len_{k}"] = len(row[f"output_{k}"])
-                elif not isinstance(row.get(f"len_{k}"), (int, float)):
+                elif not isinstance(row.get(f"len_{k}"), (int, float)) or not 0 <= row[f"len_{k}"] < 2 ** 63:
                     fail(f"{source} row {n}: needs output_{k} or len_{k}")
             name = next((str(row[c]) for c in (by, "generator_2") if row.get(c) is not None), name_of(source))
-            groups.setdefault(name, []).append(row)
+            groups.setdefault(name.encode("utf-8", "replace").decode(), []).append(row)
     return groups
 
 
@@ -583,8 +595,9 @@ def figures(policies, difficulty=None, gamed={}):
         table[name] |= {"mode": "community", "avg_length": int(np.mean(b)), "length_controlled_winrate": 100 * lc,
                         "lc_standard_error": standard_error(influence), "avg_length_baseline": int(np.mean(a)),
                         "shorter": float(np.mean(np.less(b, a))), "longer": float(np.mean(np.greater(b, a)))}
-        if "score_2" in rows[0]:
-            table[name] |= {k: float(np.mean([r[k] for r in rows if k in r])) for k in ("score_1", "score_2")}
+        for k in ("score_1", "score_2"):
+            if scores := [r[k] for r in rows if isinstance(r.get(k), (int, float))]:
+                table[name][k] = float(np.mean(scores))
         prompts, seen = [r.get("instruction") or r.get("index", n) for n, r in enumerate(rows)], Counter()
         keys = [(k, seen.update([k]) or seen[k]) for k in prompts]                          # a prompt may come twice
         by_prompt[name] = dict(zip(keys, zip(outcomes(preferences), influence)))
@@ -628,7 +641,7 @@ def print_figures(table, differences):
 def report(cfg, policies, segments, failed=()):
     """Print what follows from the annotations, and write it, unless OUT holds a run that they are not part of."""
     difficulty = read_json(cfg.difficulty, list) if cfg.difficulty else None
-    if cfg.difficulty and not all(isinstance(d, (int, float)) for d in difficulty):
+    if cfg.difficulty and not all(isinstance(d, (int, float)) and abs(d) < 1e6 for d in difficulty):
         fail(f"--difficulty {cfg.difficulty}: must be a JSON list of numbers")
     table, differences = figures(policies, difficulty, read_annotations(cfg.gamed, by="variant"))
     print_figures(table, differences)
@@ -660,9 +673,11 @@ def pair_accuracy(cfg, pairs, preferences):
     groups, table = {}, {}
     for pair, p in zip(pairs, preferences):
         longer = np.sign(len(pair["output_2"]) - len(pair["output_1"]))                     # chosen against rejected
-        for group in ("all", ("same length", "chosen is longer", "chosen is shorter")[longer], subset[pair["where"]]):
-            if group is not None and p is not None:
-                groups.setdefault(str(group), []).append(0.5 if p == 1.5 else float(p > 1.5))
+        kinds, name = ("same length", "chosen is longer", "chosen is shorter", "all"), subset[pair["where"]]
+        own = [] if name is None else [f"subset {name}" if name in kinds else str(name)]
+        for group in ("all", kinds[longer], *own):
+            if p is not None:
+                groups.setdefault(group, []).append(0.5 if p == 1.5 else float(p > 1.5))
     for group, right in groups.items():
         low, high = wilson(sum(right), len(right))
         table[group] = {"accuracy": 100 * sum(right) / len(right), "low": low, "high": high, "n": len(right)}
@@ -718,12 +733,12 @@ def page(cfg, table, differences, policies, segments):
         rows = policies[name]
         body.append(f"<h2>{e(name)}</h2><p><small>{min(100, len(rows))} of {len(rows)} pairs</small></p>")
         for n, row in enumerate(rows[:100]):
-            p, sides = row["preference"], ""
-            winner = 0 if p in (None, 1.5) else 1 + (p > 1.5)
-            verdict = "not judged" if p is None else "a draw" if not winner else \
-                f"{row.get(f'generator_{winner}')} is better, {p - 1 if winner == 2 else 2 - p:.0%}"
+            y, sides = outcomes([row["preference"]])[0], ""
+            winner = 0 if y == 0.5 or math.isnan(y) else 1 + int(y > 0.5)
+            verdict = "not judged" if math.isnan(y) else "a draw" if not winner else \
+                f"{row.get(f'generator_{winner}')} is better, {max(y, 1 - y):.0%}"
             for k in (1, 2):
-                score = f", score {row[f'score_{k}']:+.3f}" if f"score_{k}" in row else ""
+                score = f", score {row[f'score_{k}']:+.3f}" if isinstance(row.get(f"score_{k}"), (int, float)) else ""
                 text = "".join(shade(*s) for s in segments.get((name, n), ()) if k == 2) or e(row[f"output_{k}"])
                 sides += (f'<section{" class=best" if k == winner else ""}><small>{e(row.get(f"generator_{k}"))}, '
                           f'{row[f"len_{k}"]} characters{score}</small><div class="text">{text}</div></section>')
@@ -748,8 +763,7 @@ def main(cfg):
         return on_rank0(lambda: report(cfg, read_annotations(cfg.annotations), {}))
     sources = [] if cfg.pairs else [*cfg.model, cfg.baseline]
     prepare_world(*sources, cfg.data)
-    url = urllib.parse.urlsplit(cfg.api_base)
-    if cfg.api_base and (cfg.judge == Config.judge or url.scheme not in ("http", "https") or "@" in url.netloc):
+    if cfg.api_base and (cfg.judge == Config.judge or not re.fullmatch(r"https?://[^\s@?#\[\]]+", cfg.api_base)):
         fail("--api_base takes http(s)://host/v1, --judge the name of a model there; the key comes from OPENAI_API_KEY")
     judge = open_judge(cfg, device)
     used = sources + [cfg.data] * os.path.isfile(cfg.data)
@@ -772,6 +786,8 @@ def main(cfg):
         if len(set(names)) < len(names):                         # out/a/sft and out/b/sft
             names = [s.strip("./").replace("/", "-") for s in cfg.model]
         base += "-baseline" if base in names else ""
+        if len({*names, base}) < len(names) + 1:
+            fail(f"two of --model and --baseline are called {Counter([*names, base]).most_common(1)[0][0]}; rename one")
         chats, cache, answers = load_prompts(cfg.data, cfg.max_samples), Cache(f"{cfg.out}/generations.jsonl"), {}
         for name, source in zip([*names, base], sources):
             answers[name] = read_outputs(source, chats) if FILE.search(source) else \

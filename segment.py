@@ -16,13 +16,14 @@ For response token r at position P + r of the sequence [prompt | response | pad]
     its segment end, its scalar reward and the entropy *after* it are read at P + r,
     its log-probability and its critic value at P + r - 1 (where the model decided on it).
 
-Below the second ruler is the plumbing that every chapter shares: data, chat encoding, several GPUs, checkpoints.
+Below the double ruler is the plumbing that every chapter shares: errors, several GPUs, data, chat encoding.
 Deviations from the authors' code: one vectorised segmentation instead of three loops over `.item()`; lengths are
 integers and never searched for by a pad or EOS id; special tokens typed in a message stay ordinary text.
 """
 import errno
 import functools
 import gzip
+import io
 import json
 import math
 import os
@@ -167,6 +168,8 @@ class LanguageModel(nn.Module):
         """Logits must be hidden @ weight.T and nothing more (no bias, scale or soft-capping), as computed below."""
         ids = torch.arange(4)[None] % hf.config.vocab_size
         plain = hf.base_model(input_ids=ids).last_hidden_state @ hf.get_output_embeddings().weight.T
+        if not plain.isfinite().all():
+            fail(f"{path}: its logits are not finite; the weights are broken")
         if not torch.allclose(hf(input_ids=ids).logits, plain, atol=5e-2, rtol=1e-2):
             fail(f"{path}: the language-model head is more than a matrix (bias, scale or soft-capping): not supported")
 
@@ -190,9 +193,10 @@ class LanguageModel(nn.Module):
 # ============================================================================================================
 # Plumbing. Errors and configuration
 # ============================================================================================================
-def fail(message):
-    """The user's mistake: one line, exit code 2, no traceback. Every rank ends; rank 0 speaks."""
-    if int(os.environ.get("RANK", 0)) == 0:
+def fail(message, alone=False):
+    """The user's mistake: one line, exit code 2, no traceback. Every rank ends; rank 0 speaks, unless this one is alone
+    with its trouble."""
+    if alone or int(os.environ.get("RANK", 0)) == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -203,16 +207,19 @@ def parse(Config, argv=None):
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     parser.error = lambda message: fail(f"{message} (--help lists the flags)")
     argv = sys.argv[1:] if argv is None else argv
-    cfg, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    try:
+        cfg, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    except (ValueError, RecursionError) as e:                   # an open quote, no text, a file that includes itself
+        fail(f"{' '.join(a for a in argv if a[:1] == '@')}: cannot be read as flags ({one_line(e)})")
     if unknown:
         fail(f"unknown flag or argument: {unknown[0]} (--help lists the flags)")
     for name, value in asdict(cfg).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            fail(f"--{name} {value}: must be a finite number")
+        if isinstance(value, (int, float)) and not abs(value) < 2 ** 63:
+            fail(f"--{name} {value}: must be a finite number below 2^63")
         if isinstance(value, (int, float)) and value < 0 and not name.endswith("_reward"):
             fail(f"--{name} {value}: must not be negative")
-    for name in ("micro_tokens", "batch_size", "rollout_batch_size", "generation_batch_size", "max_tokens",
-                 "max_new_tokens", "ppo_epochs", "epochs", "save_every", "eval_every", "sample_every"):
+    for name in ("micro_tokens", "batch_size", "rollout_batch_size", "generation_batch_size", "max_tokens", "epochs",
+                 "max_prompt_tokens", "max_new_tokens", "ppo_epochs", "save_every", "eval_every", "sample_every"):
         if getattr(cfg, name, 1) < 1:
             fail(f"--{name} {getattr(cfg, name)}: must be at least 1")
     return cfg
@@ -228,19 +235,25 @@ def start(main, Config):
     except KeyboardInterrupt:
         raise SystemExit(130)
     except torch.OutOfMemoryError:
-        fail("out of GPU memory; lower --micro_tokens, then --generation_batch_size, or set --grad_checkpoint true")
+        fail(f"rank {rank()}: out of GPU memory; lower --micro_tokens, then --generation_batch_size, or set "
+             "--grad_checkpoint true", alone=True)
     except OSError as e:
         if e.errno and e.errno not in REFUSED:                  # numpy gives none when a disk is full
             raise
-        fail(f"{e.filename or 'writing'}: {e.strerror or e}; an earlier checkpoint is untouched, continue with --resume")
+        fail(f"{e.filename or 'writing'}: {e.strerror or e}; what was saved before is untouched: mend this, then run "
+             "the same command again (training with --resume)", alone=True)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+def in_world(path):
+    return os.path.abspath(path).startswith(os.path.abspath(WORLD) + os.sep)
+
+
 def prepare_world(*paths):
     """The embedded world is made on first use: a run without arguments downloads nothing."""
-    if any(p.startswith(WORLD) for p in paths) and not on_rank0(os.path.exists, f"{WORLD}/world.json"):
+    if any(map(in_world, paths)) and not on_rank0(os.path.exists, f"{WORLD}/world.json"):
         on_rank0(subprocess.run, [sys.executable, f"{WORLD}/prepare.py"], check=True)
 
 
@@ -249,6 +262,8 @@ def prepare_world(*paths):
 # ------------------------------------------------------------------------------------------------------------
 def setup():
     """Join the process group (a group of one without torchrun) and pick this rank's device."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")                # a terminal without unicode must not end a run
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     cuda = torch.cuda.is_available()
@@ -285,10 +300,14 @@ def on_rank0(f, *args, **kwargs):
 
 def say(*args):
     if rank() == 0:
-        print(*args, flush=True)
+        try:
+            print(*args, flush=True)
+        except BrokenPipeError:                                 # nobody listens any more (`| head`): the run goes on
+            sys.stdout = open(os.devnull, "w")
 
 
 def compute_dtype(name, device):
+    """--dtype -> torch dtype; with bf16, fp32 products on the GPU may use TF32 too."""
     dtype = torch.bfloat16 if name == "bf16" or name == "auto" and device.type == "cuda" else torch.float32
     torch.backends.cuda.matmul.allow_tf32 = dtype is torch.bfloat16     # exact products of bf16 values, for fp32 logits
     return dtype
@@ -400,14 +419,14 @@ def map_rows(forward, rows, budget, device, title=None):
     shortest = min(range(len(rows)), key=lengths.__getitem__)
     out = None
     mine = micro_batches(lengths, budget, dist.get_world_size())[rank()::dist.get_world_size()]
-    for batch in tqdm(mine, title, disable=title is None or rank() > 0, leave=False):
+    for batch in tqdm(mine, title, disable=True if title is None or rank() else None, leave=False):
         result = torch.stack(forward(*pad([rows[i] for i in batch or [shortest]], device))).float()   # (k, b, r)
         if out is None:
             out = torch.zeros(len(result), len(rows), max(len(r) for _, r in rows), device=device)
         if batch:
             out[:, torch.tensor(batch, device=device), :result.shape[2]] = result
-    if isinstance(forward, FSDPModule):                         # no backward pass follows: without this the root's weights
-        forward.reshard()                                       # stay whole, strangers to the optimizer and its state
+    if isinstance(forward, FSDPModule):                         # no backward pass follows: without this the root's
+        forward.reshard()                                       # weights stay whole, strangers to the optimizer
     dist.all_reduce(out)
     return out
 
@@ -429,8 +448,11 @@ def read_rows(source, limit=0):
 
 
 def _rows(source):
-    if not os.path.exists(source) and (re.search(r"\.(jsonl?|parquet)(\.gz)?$", source) or source[:1] in "./~"):
+    known = re.search(r"\.(jsonl?(\.gz)?|parquet)$", source)
+    if not os.path.exists(source) and (known or source[:1] in "./~"):
         fail(f"{source}: no such file")
+    if os.path.isfile(source) and not known:
+        fail(f"{source}: its name must end in .json, .jsonl, .json.gz, .jsonl.gz or .parquet")
     if not re.search(r"\.jsonl?(\.gz)?$", source):
         try:
             import datasets                                      # only here: .json(l) must work without the package
@@ -449,7 +471,7 @@ def _rows(source):
         return
     line = 1
     try:
-        with (gzip.open if source.endswith(".gz") else open)(source, "rt", encoding="utf-8-sig") as f:   # with or without BOM
+        with (gzip.open if source.endswith(".gz") else open)(source, "rt", encoding="utf-8-sig") as f:    # BOM or not
             if f.read(1) == "[":                                 # one JSON array, the layout of alpaca_eval's files
                 f.seek(0)
                 yield from json.load(f)
@@ -460,7 +482,7 @@ def _rows(source):
                     yield json.loads(text)
     except json.JSONDecodeError as e:
         fail(f"{source} line {max(line, e.lineno)}: not valid JSON ({e.msg})")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as e:   # or absurd numbers, nesting
         fail(f"{source} line {line}: cannot be read ({one_line(e)})")
 
 
@@ -532,18 +554,23 @@ def load_tokenizer(path):
         fail(f"{path}: no chat template; use a chat model, or set tokenizer.chat_template and save the tokenizer")
     try:
         eos = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:
+    except OSError as e:
+        if os.path.exists(f"{path}/generation_config.json"):
+            fail(f"{path}/generation_config.json: cannot be read ({one_line(e)})")
         eos = config.eos_token_id
     stops = set(eos if isinstance(eos, (list, tuple)) else [eos]) | {tokenizer.eos_token_id}
-    tokenizer.embeddings = config.vocab_size                    # some tokenizers hold a pad token that the model lacks
-    if not (stops := sorted(i for i in stops if i is not None and i < config.vocab_size)):
+    stops = sorted(i for i in stops if isinstance(i, int) and i < config.vocab_size)
+    if not stops:
         fail(f"{path}: no stop token; set eos_token_id in generation_config.json to the end-of-turn token's id")
+    tokenizer.embeddings = config.vocab_size                    # some tokenizers hold a pad token that the model lacks
+    tokenizer.stops = tuple(stops)
     return tokenizer, torch.tensor(stops)
 
 
 @functools.cache
 def special_pattern(tokenizer):
-    specials = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and len(t.content) > 1]
+    specials = [t.content for i, t in tokenizer.added_tokens_decoder.items()
+                if (t.special or i in tokenizer.stops) and len(t.content) > 1]
     return re.compile("|".join(map(re.escape, specials)) or r"(?!)")
 
 
@@ -573,7 +600,10 @@ def tokenize(tokenizer, texts):
 def encode_prompts(tokenizer, prompts, max_tokens, source="prompts"):
     """[messages] -> [int32 ids]; a prompt over its limit loses its oldest tokens, BOS kept."""
     texts = [render(tokenizer, m, f"{source} row {n}", add_generation_prompt=True) for n, m in enumerate(prompts, 1)]
-    return [cut_prompt(ids, max_tokens, tokenizer.bos_token_id) for ids in tokenize(tokenizer, texts)]
+    rows = [cut_prompt(ids, max_tokens, tokenizer.bos_token_id) for ids in tokenize(tokenizer, texts)]
+    if empty := [n for n, ids in enumerate(rows, 1) if not len(ids)]:
+        fail(f"{source} row {empty[0]}: the prompt has no tokens, there is nothing to answer")
+    return rows
 
 
 def cut_prompt(ids, limit, bos):
@@ -599,7 +629,9 @@ def encode_chats(tokenizer, stops, chats, max_tokens, max_prompt_tokens):
         prompts.append(start)
         answers.append(whole[len(start):])
     rows, endless = [], 0
-    for p, r in zip(tokenize(tokenizer, prompts), tokenize(tokenizer, answers)):
+    for p, r, (*_, where) in zip(tokenize(tokenizer, prompts), tokenize(tokenizer, answers), chats):
+        if not len(p) or not len(r):
+            fail(f"{where}: the {'response' if len(p) else 'prompt'} has no tokens")
         end = np.flatnonzero(np.isin(r, stops.numpy()))
         endless += not len(end)
         r = r[:end[0] + 1] if len(end) else r
@@ -614,7 +646,8 @@ def encode_chats(tokenizer, stops, chats, max_tokens, max_prompt_tokens):
 
 def is_finished(rows, stops):
     """bool (B,): does the response end with a stop token?"""
-    return torch.tensor([len(r) > 0 and int(r[-1]) in set(stops.tolist()) for _, r in rows])
+    stops = set(stops.tolist())
+    return torch.tensor([len(r) > 0 and int(r[-1]) in stops for _, r in rows])
 
 
 def segment_texts(tokenizer, ids, ends):
@@ -642,12 +675,13 @@ def main(cfg):
     prepare_world(cfg.model, cfg.data)
     tokenizer, stops = load_tokenizer(cfg.model)
     if cfg.text:
-        chats = [([{"role": "user", "content": cfg.prompt}], cfg.text, "--text")]
+        chats = [(messages_of(cfg.prompt, "--prompt", "user"),
+                  messages_of(cfg.text, "--text", "assistant")[0]["content"], "--text")]
     else:
         chats = [(prompt, chosen, where) for prompt, chosen, _, where in load_pairs(cfg.data, cfg.max_samples)]
     if not chats:
         fail(f"{cfg.data}: no pair is left")
-    max_tokens = min(cfg.max_tokens, read_config(cfg.model).max_position_embeddings)
+    max_tokens = max(2, min(cfg.max_tokens, read_config(cfg.model).max_position_embeddings))
     rows = encode_chats(tokenizer, stops, chats, max_tokens, max_tokens // 2)
     model = load_model(cfg.model, LanguageModel, device, compute_dtype(cfg.dtype, device))
     entropy = map_rows(model, rows, cfg.micro_tokens, device, "entropies")[2]                    # (B, R)
@@ -656,10 +690,15 @@ def main(cfg):
     ends = segment_ends(entropy, mask, finished, cfg.cutoff, cfg.granularity)                    # (B, R)
 
     scores = None
-    if cfg.reward_model:                     # Chapter 2 trains it; here its last-token scalars are only looked at
-        rm = AutoModelForSequenceClassification.from_pretrained(cfg.reward_model, num_labels=1).to(device)
-        if rm.config.vocab_size != model.hf.config.vocab_size:
-            fail(f"--reward_model {cfg.reward_model}: its vocabulary differs from that of {cfg.model}")
+    if cfg.reward_model and cfg.show:        # Chapter 2 trains it; here its last-token scalars are only looked at
+        try:
+            rm, info = AutoModelForSequenceClassification.from_pretrained(
+                cfg.reward_model, num_labels=1, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+        except Exception as e:
+            fail(f"--reward_model {cfg.reward_model}: cannot be read ({one_line(e)})")
+        if info["missing_keys"] or rm.config.vocab_size < model.hf.config.vocab_size:
+            fail(f"--reward_model {cfg.reward_model}: no reward model of the vocabulary of {cfg.model}")
+        rm = rm.float().to(device)
 
         def scalar(ids, p, r):                                                                   # -> (1, b, r)
             values = rm.score(rm.base_model(input_ids=ids).last_hidden_state)[..., 0]            # (b, T)
@@ -669,7 +708,7 @@ def main(cfg):
     for b, (prompt, *_) in enumerate(chats[:cfg.show]):
         pieces = segment_texts(tokenizer, rows[b][1], ends[b].cpu())
         say(f"\nuser: {prompt[-1]['content'].strip()}")
-        say(paint(pieces, scores[b, ends[b, :scores.shape[1]]].tolist() if cfg.reward_model else None))
+        say(paint(pieces, None if scores is None else scores[b, ends[b, :scores.shape[1]]].tolist()))
 
     # A segment ends at every high entropy plus once per response, so a target length fixes how many entropies
     # must lie above the cutoff: it is simply an order statistic.

@@ -31,12 +31,13 @@ import torch.distributed as dist
 from torch import nn
 from transformers import DynamicCache
 
-from segment import (WORLD, Granularity, LanguageModel, compute_dtype, encode_prompts, fail, is_finished, load_model,
-                     load_prompts, load_tokenizer, map_rows, micro_batches, on_rank0, one_line, opt, pad, paint,
-                     prepare_world, rank, read_config, read_tokenizer, say, segment_texts, sequence_score, setup, start)
+from segment import (WORLD, Granularity, LanguageModel, compute_dtype, encode_prompts, fail, in_world, is_finished,
+                     load_model, load_prompts, load_tokenizer, map_rows, micro_batches, on_rank0, one_line, opt, pad,
+                     paint, prepare_world, rank, read_config, read_tokenizer, say, segment_texts, sequence_score, setup,
+                     start)
 from train_rm import (Normalizer, ScalarModel, StopSignal, already_finished, begin_run, export, fingerprint, finish_run,
                       hardware, learning_rate, load_checkpoint, load_function, log_metrics, normalized_token_rewards,
-                      oracle_scalars, read_json, rewards_at_ends, save_checkpoint, spread_rewards)
+                      oracle_scalars, read_reward_json, rewards_at_ends, save_checkpoint, spread_rewards)
 
 
 @dataclass
@@ -138,12 +139,11 @@ def generate(hf, prompts, stops, max_new_tokens, luck, temperature=1.0, banned=N
         if temperature > 0:
             scores = scores / temperature - race(luck[row, r], scores.shape[1]).log()       # (b, V)
         token = scores.argmax(-1)                                                           # (b,)
-        tokens[row[live], r] = token[live]
-        logps[row[live], r] = logp.gather(1, token[:, None])[live, 0]
-        stopped = live & torch.isin(token, stops)
-        ended[row[stopped]] = r + 1
-        live = live & ~stopped
-        alive = int(live.sum())
+        tokens[row, r] = token * live
+        logps[row, r] = logp.gather(1, token[:, None])[:, 0] * live
+        ended[row] = torch.where(live & torch.isin(token, stops), r + 1, ended[row])
+        live = ended[row] > r + 1
+        alive = int(live.sum())                      # the one moment of a step in which the CPU waits for the GPU
         if alive == 0:
             break
         if alive < 0.75 * len(row):                  # finished rows leave the batch: most of the time is saved here
@@ -222,41 +222,41 @@ def mean_tokens(x, mask):
 # The reward: which model, used how, normalised by what
 # ------------------------------------------------------------------------------------------------------------
 def read_reward(cfg, tokenizer):
-    try:
-        return _read_reward(cfg, tokenizer)
-    except (KeyError, TypeError) as e:
-        fail(f"{cfg.reward_model}/reward.json: damaged ({one_line(e)} is missing or wrong)")
-
-
-def _read_reward(cfg, tokenizer):
     """-> own granularity, use, cutoff, Normalizer, scale; checks that the reward model fits policy and flags."""
     if not cfg.oracle and not reads_alike(tokenizer, read_tokenizer(cfg.reward_model)):
         fail(f"--reward_model {cfg.reward_model}: its tokenizer differs from that of --model {cfg.model}")
     path = os.path.join(cfg.reward_model, "reward.json")
-    how_to = f"python train_rm.py --calibrate_only --reward_model {cfg.reward_model} --model {cfg.model}"
+    how_to = (f"python train_rm.py --calibrate_only --reward_model {cfg.reward_model} --model {cfg.model} --data PAIRS "
+              "--granularity AS_TRAINED --cutoff AS_TRAINED --max_tokens AS_TRAINED")
     if not os.path.exists(path):
         if not cfg.fit:
-            fail(f"--reward_model {cfg.reward_model}: no reward.json; make one with: {how_to}")
+            fail(f"--reward_model {cfg.reward_model}: no reward.json; make one with: {how_to} (a hub model: --out OUT, "
+                 "then --reward_model OUT/model)")
         if cfg.granularity is None or cfg.cutoff is None:
             fail("--fit without a reward.json needs --granularity and --cutoff")
         saved = {"granularity": cfg.granularity, "cutoff": cfg.cutoff, "statistics": None}
     else:
-        saved = read_json(path)
+        saved = read_reward_json(path)
         if saved["sft_fingerprint"] != fingerprint(cfg.model):
             fail(f"{path} was made for another SFT model ({saved['sft_model']}) than {cfg.model}; anew: {how_to}")
         if cfg.cutoff is not None and cfg.cutoff != saved["cutoff"]:
-            fail(f"{path} was made for cutoff {saved['cutoff']}; anew: {how_to} --cutoff {cfg.cutoff}")
+            fail(f"{path} was made for cutoff {saved['cutoff']}, not {cfg.cutoff}; delete it, then: {how_to}")
     own, use = saved["granularity"], cfg.granularity or saved["granularity"]
     if cfg.fit:
         try:
             w_mean, w_std, b_mean, b_std = map(float, cfg.fit.replace(",", " ").split())
-            assert b_std > 0 and cfg.reward_scale == "none"
+            assert 0 < b_std < math.inf and math.isfinite(w_mean + w_std + b_mean) and cfg.reward_scale == "none"
         except (ValueError, AssertionError):
             fail("--fit takes 'w_mean w_std b_mean b_std' with b_std > 0, and --reward_scale none (S is not known)")
         return own, use, saved["cutoff"], Normalizer(w_mean, b_mean, w_std, b_std), 1.0
-    fit = dict(saved["statistics"][use][cfg.normalizer])
-    scale = fit.pop("scale")["end" if use == "bandit" else cfg.interpolation]
-    return own, use, saved["cutoff"], Normalizer.from_dict(fit), scale if cfg.reward_scale == "total" else 1.0
+    try:
+        fit = dict(saved["statistics"][use][cfg.normalizer])
+        scale = fit.pop("scale")["end" if use == "bandit" else cfg.interpolation]
+        scale, normalizer = scale if cfg.reward_scale == "total" else 1.0, Normalizer.from_dict(fit)
+        assert normalizer.b_std > 0 and scale > 0 and sum(fit.values()) < math.inf, "a deviation"
+    except (KeyError, TypeError, AttributeError, AssertionError) as e:
+        fail(f"{path}: damaged ({one_line(e)} is missing or wrong); anew: {how_to}")
+    return own, use, saved["cutoff"], normalizer, scale
 
 
 @functools.lru_cache(maxsize=2)
@@ -274,7 +274,7 @@ def prompt_text(messages):
 # ============================================================================================================
 def main(cfg):
     device = setup()
-    if already_finished(cfg):
+    if on_rank0(already_finished, cfg):
         return
     prepare_world(cfg.model, cfg.data)
     ranks, dtype = dist.get_world_size(), compute_dtype(cfg.dtype, device)
@@ -286,8 +286,9 @@ def main(cfg):
              f"{cfg.model} is {config.max_position_embeddings}")
     tokenizer, stops = load_tokenizer(cfg.model)
     own, use, cutoff, normalizer, scale = on_rank0(read_reward, cfg, tokenizer)
-    gold = cfg.gold if cfg.gold is not None else f"{WORLD}/prepare.py:gold_reward" if cfg.data.startswith(WORLD) else ""
-    gold, oracle = (load_function(f, flag) if f else None for f, flag in ((gold, "--gold"), (cfg.oracle, "--oracle")))
+    gold = cfg.gold if cfg.gold is not None else f"{WORLD}/prepare.py:gold_reward" if in_world(cfg.data) else ""
+    gold = load_function(gold, "--gold", float) if gold else None
+    oracle = load_function(cfg.oracle, "--oracle") if cfg.oracle else None
     chats = load_prompts(cfg.data, cfg.max_samples)
     if len(chats) < cfg.rollout_batch_size:
         fail(f"{cfg.data}: {len(chats)} prompts do not fill one --rollout_batch_size {cfg.rollout_batch_size}")
@@ -300,8 +301,8 @@ def main(cfg):
         f"{cfg.ppo_epochs} epochs x {minibatches} minibatches x {cfg.batch_size} responses\n"
         f"{own} reward model used as {use}, cutoff {cutoff}, {cfg.normalizer} normaliser, scale {scale:.3g}")
 
-    # Four models, sharded over the ranks, and a plain copy of the actor to sample from: decoding on shards would
-    # gather every layer for every token.
+    # Four models, sharded over the ranks, and a plain copy of the actor to sample from, on every rank: decoding on
+    # shards would gather every layer for every token.
     actor = load_model(cfg.model, LanguageModel, device, dtype, train=True, grad_checkpoint=cfg.grad_checkpoint)
     critic = load_model(cfg.model if cfg.critic_init == "sft" else cfg.reward_model, ScalarModel, device, dtype,
                         train=True, grad_checkpoint=cfg.grad_checkpoint, head_std=0.0)
@@ -314,7 +315,8 @@ def main(cfg):
     optimizers = {m: torch.optim.AdamW(m.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=True)
                   for m, lr in ((actor, cfg.actor_lr), (critic, cfg.critic_lr))}
     trained = {"actor": (actor, optimizers[actor]), "critic": (critic, optimizers[critic])}
-    first_iteration, skipped = begin_run(cfg)                     # everything was readable: only now OUT is made
+    models = [cfg.model] if cfg.oracle else [cfg.model, cfg.reward_model]
+    first_iteration, skipped = on_rank0(begin_run, cfg, prompts, models)      # all was readable: only now OUT is made
     if first_iteration:
         load_checkpoint(cfg, first_iteration, trained)
     parameters = sum(p.numel() for m in (actor, critic) for p in m.parameters())
@@ -326,9 +328,9 @@ def main(cfg):
         # ----------------------------------------------------------------------------------------------------
         time_start = time.time()
         with torch.no_grad():
-            for p, q in zip(sampler.parameters(), actor.hf.parameters()):
+            for p, q in zip(sampler.parameters(), actor.hf.parameters(), strict=True):
                 p.copy_(q.full_tensor())
-            for p, q in zip(sampler.buffers(), actor.hf.buffers()):
+            for p, q in zip(sampler.buffers(), actor.hf.buffers(), strict=True):
                 p.copy_(q)
         B, R = cfg.rollout_batch_size, cfg.max_new_tokens
         drawn = [int(prompt_order(cfg.seed, k // len(prompts), len(prompts))[k % len(prompts)])
@@ -344,10 +346,12 @@ def main(cfg):
                 sampler, [prompts[drawn[b]] for b in wave], stops, R, luck[wave], banned=banned)
         for x in (tokens, lengths, sampled_logprobs):
             dist.all_reduce(x)
-        rows = [(prompts[d], t[:n].cpu().numpy().astype(np.int32)) for d, t, n in zip(drawn, tokens, lengths.tolist())]
+        rows = [(prompts[d], t[:n]) for d, t, n in zip(drawn, tokens.cpu().numpy().astype(np.int32), lengths.tolist())]
         R = int(lengths.max())
         mask = torch.arange(R, device=device) < lengths[:, None]                            # (B, R)
         finished = is_finished(rows, stops).to(device)                                      # (B,)
+        texts = [tokenizer.decode(r, skip_special_tokens=True) for _, r in rows]
+        true = [gold(prompt_text(chats[d]), *x) for d, *x in zip(drawn, texts, finished.tolist())] if gold else [0.0]
 
         # ----------------------------------------------------------------------------------------------------
         # 2. score: four models read the same rows; all results (B, R) on every rank
@@ -440,10 +444,8 @@ def main(cfg):
             "time_train": time_end - time_train,
             **hardware(device, 6 * parameters * sum(row_lengths) * cfg.ppo_epochs, time_end - time_train),
         }
-        texts = [tokenizer.decode(r, skip_special_tokens=True) for _, r in rows]
         if gold:
-            row["gold"] = float(np.mean([gold(prompt_text(chats[d]), text, bool(done))
-                                         for d, text, done in zip(drawn, texts, finished)]))
+            row["gold"] = float(np.mean(true))
         log_metrics(cfg, done, row)
         eta = (time.time() - began) / (done - first_iteration) * (iterations - done)
         say(f"step {done}/{iterations} | reward {row['reward']:+.3f}" + (f" | gold {row['gold']:+.3f}" if gold else "")
@@ -465,6 +467,8 @@ def main(cfg):
             say(f"stopped after step {done}; continue with --resume")
             raise SystemExit(128 + stopping)
     stop.release()
+    if skipped:
+        say(f"warning: the last {skipped} updates were skipped, their losses or gradients were not finite")
     if first_iteration == iterations:                 # killed between the last checkpoint and the end of its export
         export(actor, tokenizer, cfg.model, f"{cfg.out}/model", dtype)
     finish_run(cfg)

@@ -1,7 +1,7 @@
 """Chapter 2 of 4: a reward model that scores segments, learned from preferences between whole responses.
 
     python train_rm.py                                                  # the embedded world, about a minute of CPU
-    torchrun --nproc_per_node=8 train_rm.py @config/llama3.1-8b-segment-rm.args         # one node of 8 GPUs
+    torchrun --nproc_per_node=8 train_rm.py @config/llama3.1-8b-rm.args         # one node of 8 GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_rm.py @config/...
     python train_rm.py --granularity bandit --out out/rm-bandit         # the classical reward model, for comparison
     python train_rm.py --calibrate_only --reward_model FOLDER           # statistics for a model trained elsewhere
@@ -25,6 +25,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -50,7 +51,6 @@ from segment import (WORLD, Granularity, LanguageModel, compute_dtype, encode_ch
                      sequence_score, setup, start)
 
 GRANULARITIES = ("segment", "token", "bandit")
-NORMALIZERS = ("location", "global", "last", "none")
 INTERPOLATIONS = ("even", "repeat", "end")
 
 
@@ -155,8 +155,8 @@ def huber_line(x, y, epsilon=1.35):
     """(slope, intercept) of Huber's regression, scale estimated along with the line (his proposal 2)."""
     X = np.stack([x, np.ones_like(x)], 1)                                                   # (n, 2)
     line = np.linalg.lstsq(X, y, rcond=None)[0]
-    sigma = floor = 1e-9 + 1e-9 * np.abs(y).max()
-    sigma = max(sigma, (y - X @ line).std())
+    floor = 1e-9 + 1e-9 * np.abs(y).max()
+    sigma = max(floor, (y - X @ line).std())
     for _ in range(500):
         before, error = line, np.abs(y - X @ line)
         sigma = max(floor, sigma * np.sqrt(np.minimum((error / sigma) ** 2, epsilon ** 2).mean()))
@@ -241,38 +241,45 @@ def calibrate(batches, cutoff, own):
     """
     statistics = {}
     for use in GRANULARITIES:
-        p, y, last = [], [], []
-        for values, entropy, mask, finished in batches():
-            rewards, ends = rewards_at_ends(values, entropy, mask, finished, cutoff, own, use)
-            where = segment_locations(ends)
-            p, y, last = p + [where[ends].cpu()], y + [rewards[ends].cpu()], last + [rewards[where == 1].cpu()]
-        p, y, last = torch.cat(p), torch.cat(y), torch.cat(last)
+        read = [(*rewards_at_ends(values, entropy, mask, finished, cutoff, own, use), mask)
+                for values, entropy, mask, finished in batches()]                           # [(rewards, ends, mask)]
+        where = [segment_locations(ends) for _, ends, _ in read]
+        p = torch.cat([w[ends] for w, (_, ends, _) in zip(where, read)]).cpu()              # (segments,)
+        y = torch.cat([rewards[ends] for rewards, ends, _ in read]).cpu()                   # (segments,)
+        last = torch.cat([rewards[w == 1] for w, (rewards, _, _) in zip(where, read)]).cpu()        # (responses,)
         try:
             fits = {"location": fit_normalizer(p, y), "global": fit_normalizer(torch.ones_like(p), y),
                     "last": fit_normalizer(torch.ones_like(last), last), "none": Normalizer()}
         except ValueError as e:
-            fail(f"calibration on {len(last)} responses: {e}; give more pairs with --data")
+            fail(f"calibration on {len(last)} responses: {e}; a trained model is kept, calibrate it with "
+                 "--calibrate_only and more pairs in --data")
         statistics[use] = {}
         for name, fit in fits.items():
-            totals = {how: torch.cat([normalized_token_rewards(
-                *rewards_at_ends(values, entropy, mask, finished, cutoff, own, use), mask, fit, how).sum(1).cpu()
-                for values, entropy, mask, finished in batches()]) for how in INTERPOLATIONS}
+            totals = {how: torch.cat([normalized_token_rewards(*r, fit, how).sum(1) for r in read])
+                      for how in INTERPOLATIONS}
             scale = {how: float(total.std(correction=0)) for how, total in totals.items()}
             statistics[use][name] = fit.to_dict() | {"scale": scale}
     return statistics
 
 
-def load_function(spec, flag):
-    """file.py:name -> f(prompt text, response text, finished); the last is passed if the function takes it."""
+def load_function(spec, flag, kind=lambda x: x):
+    """file.py:name -> f(prompt text, response text, finished) -> kind(result); finished is passed if the function has a
+    parameter of that name. What goes wrong in it is said in one line."""
     path, _, name = spec.rpartition(":")
-    if not os.path.isfile(path):
-        fail(f"{flag} {spec}: must be file.py:function, and {path or spec} is no file")
+    if not os.path.isfile(path) or not path.endswith(".py"):
+        fail(f"{flag} {spec}: must be file.py:function, and {path or spec} is no Python file")
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("judge", path))
     module.__spec__.loader.exec_module(module)
-    if not callable(f := getattr(module, name, None)):
+    if not inspect.isfunction(f := getattr(module, name, None)):
         fail(f"{flag} {spec}: {path} has no function {name}")
-    takes_finished = len(inspect.signature(f).parameters) > 2
-    return lambda prompt, response, finished: f(prompt, response, *([finished] if takes_finished else []))
+    takes_finished = "finished" in inspect.signature(f).parameters
+
+    def call(prompt, response, finished):
+        try:
+            return kind(f(prompt, response, **({"finished": finished} if takes_finished else {})))
+        except Exception as e:
+            fail(f"{flag} {spec}: {type(e).__name__} for the prompt {prompt[:60]!r}: {one_line(e)}")
+    return call
 
 
 def oracle_scalars(f, tokenizer, rows, stops, device):
@@ -281,8 +288,12 @@ def oracle_scalars(f, tokenizer, rows, stops, device):
     scalars = torch.zeros(len(rows), max(len(r) for _, r in rows))
     for b, ((prompt, response), done) in enumerate(zip(rows, is_finished(rows, stops).tolist())):
         first = 0
-        for value, end in f(*(tokenizer.decode(x, skip_special_tokens=True) for x in (prompt, response)), done):
-            scalars[b, first:end + 1], first = value, end + 1
+        clauses = f(*(tokenizer.decode(x, skip_special_tokens=True) for x in (prompt, response)), done)
+        try:
+            for value, end in clauses:
+                scalars[b, first:end + 1], first = value, end + 1
+        except (TypeError, ValueError) as e:
+            fail(f"--oracle: must return [(value, index of its last token), ...], not {clauses!r} ({one_line(e)})")
     return scalars.to(device)
 
 
@@ -294,11 +305,7 @@ NOT_COMPARED = ("out", "resume", "wandb", "cache", "calibrate_only", "save_every
 
 def already_finished(cfg):
     """True when OUT holds this very run, finished. A run with another config, or an unfinished one without --resume,
-    is the user's mistake: exit code 2, nothing touched."""
-    return on_rank0(_already_finished, cfg)
-
-
-def _already_finished(cfg):
+    is the user's mistake: exit code 2, nothing touched. For rank 0."""
     path, new = f"{cfg.out}/config.json", asdict(cfg)
     if not os.path.exists(path):
         if foreign := [f for f in ("metrics.jsonl", "model", "checkpoint") if os.path.exists(f"{cfg.out}/{f}")]:
@@ -328,17 +335,21 @@ def lock(out):
         fail(f"--out {out}: cannot be written ({e.strerror})")
 
 
-def begin_run(cfg):
-    """Lock OUT, write its config, cut metrics.jsonl back to the newest checkpoint. Returns the step to start from and
-    how many updates had been skipped in a row by then."""
-    return on_rank0(_begin_run, cfg)
-
-
-def _begin_run(cfg):
+def begin_run(cfg, rows, models):
+    """Lock OUT, write its config, cut metrics.jsonl back to the newest checkpoint. rows, models: the token ids and
+    weights that the run depends on. Returns the step to start from and how many updates had been skipped in a row by
+    then. For rank 0."""
+    digest = hashlib.blake2b(" ".join(map(fingerprint, models)).encode(), digest_size=16)
+    for ids in rows:
+        digest.update(ids.tobytes() + b"|")
     lock(cfg.out)
+    if cfg.wandb:
+        wandb_run(cfg)
     if not os.path.exists(f"{cfg.out}/config.json"):
-        write_json(f"{cfg.out}/config.json", asdict(cfg))
+        write_json(f"{cfg.out}/config.json", asdict(cfg) | {"inputs": digest.hexdigest()})
         return 0, 0
+    if read_json(f"{cfg.out}/config.json").get("inputs") != digest.hexdigest():
+        fail(f"{cfg.out}: what its data files or models hold has changed since it began; give another --out")
     saved = os.listdir(f"{cfg.out}/checkpoint") if os.path.exists(f"{cfg.out}/checkpoint") else []
     step = max((int(name[5:]) for name in saved if name[5:].isdigit()), default=0)      # step_N.tmp is half a save
     say(f"{cfg.out}: " + (f"resuming after step {step}" if step else "no checkpoint yet, starting afresh"))
@@ -354,19 +365,42 @@ def _begin_run(cfg):
     return step, json.loads(kept[-1])["skipped"] if kept else 0
 
 
+def may_calibrate(cfg, source, target):
+    """--calibrate_only writes reward.json beside the weights; it must not come beside, or replace, other weights, nor
+    change what an earlier reward.json says of its model. For rank 0."""
+    if target != source and os.path.exists(f"{target}/config.json"):
+        fail(f"{target} holds another model; give another --out")
+    if not cfg.oracle and os.path.exists(path := f"{target}/reward.json"):
+        old = read_json(path)
+        if (old.get("granularity"), old.get("cutoff")) != (cfg.granularity, cfg.cutoff):
+            fail(f"{path} says --granularity {old.get('granularity')} --cutoff {old.get('cutoff')}; give these flags, "
+                 "or delete the file")
+
+
 def finish_run(cfg):
     """Mark the run finished; a finished run needs no checkpoint."""
     if rank() == 0:
-        write_json(f"{cfg.out}/config.json", asdict(cfg) | {"finished": True})
+        write_json(f"{cfg.out}/config.json", read_json(f"{cfg.out}/config.json") | {"finished": True})
         shutil.rmtree(f"{cfg.out}/checkpoint", ignore_errors=True)
     dist.barrier()
+
+
+def read_reward_json(path):
+    """What calibration wrote beside a reward model, checked as far as everybody needs it. For rank 0."""
+    saved = read_json(path)
+    try:
+        assert saved["granularity"] in GRANULARITIES and 0 <= saved["cutoff"] < math.inf, "granularity or cutoff"
+        assert isinstance(saved["sft_model"] + saved["sft_fingerprint"], str), "SFT model"
+    except (KeyError, TypeError, AttributeError, AssertionError) as e:
+        fail(f"{path}: damaged ({one_line(e)} is missing or wrong); make it again with train_rm.py --calibrate_only")
+    return saved
 
 
 def read_json(path, kind=dict):
     try:
         with open(path, encoding="utf-8") as f:
-            value = json.load(f)
-    except (OSError, ValueError) as e:
+            value = json.load(f, parse_constant=lambda x: fail(f"{path}: cannot be read ({x} in it)"))
+    except (OSError, ValueError, RecursionError) as e:
         fail(f"{path}: cannot be read ({one_line(e)})")
     return value if isinstance(value, kind) else fail(f"{path}: cannot be read (it holds no JSON {kind.__name__})")
 
@@ -458,8 +492,10 @@ def save_checkpoint(cfg, step, pairs, keep=False):
     """OUT/checkpoint/step_N in safetensors, each rank its shards; complete or invisible. Older ones go, unless kept."""
     folder = f"{cfg.out}/checkpoint/step_{step}"
     on_rank0(shutil.rmtree, folder + ".tmp", ignore_errors=True)
+    state, files = training_state(pairs), {}                      # a file per layer: each is put together in memory
+    index = {key: files.setdefault(re.sub(r"(layers\.\d+)\..*", r"\1", key), len(files) + 1) for key in state}
     try:
-        dcp.save(training_state(pairs), storage_writer=HuggingFaceStorageWriter(folder + ".tmp", save_distributed=True))
+        dcp.save(state, storage_writer=HuggingFaceStorageWriter(folder + ".tmp", index, save_distributed=True))
     except (Exception, CheckpointException) as e:                 # most often a full disk
         fail(f"{folder}: could not be saved ({cause(e)}); an earlier one is untouched, continue with --resume")
     dist.barrier()
@@ -532,7 +568,10 @@ def fingerprint(path):
 def sft_entropies(cfg, rows, device, key):
     """[float32 (R,)] per row: the SFT model's entropy after each response token. Shards of 2,048 rows are named by
     (key, their tokens) and appear whole or not at all, so a killed pass goes on where it was."""
-    os.makedirs(cfg.cache, exist_ok=True)
+    try:
+        os.makedirs(cfg.cache, exist_ok=True)
+    except OSError as e:
+        fail(f"--cache {cfg.cache}: cannot be written ({e.strerror})")
     model, entropies, dtype = None, [], compute_dtype(cfg.dtype, device)
     for k in range(0, len(rows), 2048):
         shard = rows[k:k + 2048]
@@ -552,8 +591,9 @@ def sft_entropies(cfg, rows, device, key):
             dist.barrier()
         try:
             flat = np.load(path, mmap_mode="r", allow_pickle=False)
-            assert len(flat) == sum(lengths)
-        except (ValueError, AssertionError, EOFError):
+            assert flat.dtype == np.float32 and flat.shape == (sum(lengths),)
+            assert -1e-3 < flat.min() <= flat.max() < math.inf
+        except (ValueError, AssertionError, EOFError, OSError):
             fail(f"{path}: damaged cache file; delete it, it will be computed again")
         entropies += np.split(flat, np.cumsum(lengths)[:-1])
     return entropies
@@ -581,7 +621,7 @@ def learning_rate(step, steps, warmup):
 # ============================================================================================================
 def main(cfg):
     device = setup()
-    if not cfg.calibrate_only and already_finished(cfg):
+    if not cfg.calibrate_only and on_rank0(already_finished, cfg):
         return
     prepare_world(cfg.model, cfg.data)
     ranks, dtype = dist.get_world_size(), compute_dtype(cfg.dtype, device)
@@ -592,6 +632,11 @@ def main(cfg):
     if cfg.oracle and not cfg.calibrate_only:
         fail("--oracle goes with --calibrate_only: there is nothing to train")
     tokenizer, stops = load_tokenizer(cfg.model)
+    ready = cfg.calibrate_only and not cfg.oracle                # a trained model is there; an oracle needs none
+    source = (cfg.reward_model or f"{cfg.out}/model") if ready else cfg.model
+    target = source if ready and os.path.isdir(source) else f"{cfg.out}/model"
+    if cfg.calibrate_only:
+        on_rank0(may_calibrate, cfg, source, target)
 
     # --------------------------------------------------------------------------------------------------------
     # data: pair i is the rows 2i (chosen) and 2i + 1 (rejected); a seeded split keeps calibration pairs unseen
@@ -608,13 +653,13 @@ def main(cfg):
     rows = encode(cfg.data)
     n = len(rows) // 2
     order = np.random.default_rng(cfg.seed).permutation(n)
-    n_eval = 0 if cfg.eval_data else max(1, min(n // 50, 2000))
+    n_eval = 0 if cfg.eval_data or cfg.calibrate_only else max(1, min(n // 50, 2000))
     n_calibration = min(max(n // 20, min(n // 4, 16), 1), 60000)                # 5 %, but 16 pairs if there are few
     eval_pairs, calibration, train = np.split(order, [n_eval, n_eval + n_calibration])
-    if cfg.eval_data:
+    if cfg.eval_data and not cfg.calibrate_only:
         rows += encode(cfg.eval_data)
         eval_pairs = np.arange(n, len(rows) // 2)
-    if not len(eval_pairs):
+    if not len(eval_pairs) and not cfg.calibrate_only:
         fail(f"{cfg.eval_data or cfg.data}: no pair is left to evaluate on")
     if len(train) < cfg.batch_size and not cfg.calibrate_only:
         fail(f"{cfg.data}: {len(train)} training pairs (of {n}) do not fill one --batch_size {cfg.batch_size}")
@@ -645,11 +690,9 @@ def main(cfg):
     # --------------------------------------------------------------------------------------------------------
     # the reward model and its optimizer
     # --------------------------------------------------------------------------------------------------------
-    ready = cfg.calibrate_only and not cfg.oracle                # a trained model is there; an oracle needs none
-    source = (cfg.reward_model or f"{cfg.out}/model") if ready else cfg.model
     hidden = read_config(source).hidden_size
-    model = load_model(source, ScalarModel, device, dtype, train=True, grad_checkpoint=cfg.grad_checkpoint,
-                       head_std=None if ready else 1 / (hidden + 1), seed=cfg.seed)
+    model = load_model(source, ScalarModel, device, dtype, train=not cfg.calibrate_only, seed=cfg.seed,
+                       grad_checkpoint=cfg.grad_checkpoint, head_std=None if ready else 1 / (hidden + 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=True)
     trained, parameters = {"rm": (model, optimizer)}, sum(p.numel() for p in model.parameters())
 
@@ -665,7 +708,9 @@ def main(cfg):
     # training: Bradley-Terry on mean segment rewards
     # --------------------------------------------------------------------------------------------------------
     # everything was readable: only now OUT is made
-    first_step, skipped = (0, 0) if cfg.calibrate_only else begin_run(cfg)
+    first_step = skipped = 0
+    if not cfg.calibrate_only:
+        first_step, skipped = on_rank0(begin_run, cfg, (ids for row in rows for ids in row), [cfg.model])
     if first_step:
         load_checkpoint(cfg, first_step, trained)
     stop, began = StopSignal(), time.time()
@@ -711,18 +756,19 @@ def main(cfg):
                 f"grad norm {norm:.2f} | {row['tokens_per_second']:,.0f} tokens/s | {eta:.0f} s left"
                 + (f" | held-out accuracy {row['eval_accuracy']:.3f}" if "eval_accuracy" in row else ""))
         stopping = stop.agreed(device)
-        if done % cfg.save_every == 0 or done == steps or stopping or skipped == 5:
+        if done % cfg.save_every == 0 or done == steps or stopping or skipped >= 5:
             save_checkpoint(cfg, done, trained, keep=skipped > 0)
             if done < steps:
                 export(model, tokenizer, cfg.model, f"{cfg.out}/model", dtype)
-        if skipped == 5:
-            fail(f"step {done}: loss or gradients were not finite in 5 steps in a row (skipped; saved, and the earlier "
-                 "checkpoint kept); lower --lr")
+        if skipped >= 5:
+            fail(f"step {done}: loss or gradients were not finite in {skipped} steps in a row (skipped; saved, and the "
+                 "earlier checkpoint kept); lower --lr")
         if stopping:
             say(f"stopped after step {done}; continue with --resume")
             raise SystemExit(128 + stopping)
     stop.release()
-    target = source if ready and os.path.isdir(source) else f"{cfg.out}/model"
+    if skipped:
+        say(f"warning: the last {skipped} steps were skipped, their loss or gradients were not finite")
     if target != source and not cfg.oracle:
         export(model, tokenizer, cfg.model, target, dtype)
 

@@ -28,10 +28,15 @@ export -f draw ppo; export GOLD
 mkdir -p $OUT
 seq $DRAWS | xargs -P $JOBS -I{} bash -c 'draw {} > $OUT/draw{}.log 2>&1 || echo "failed: $OUT/draw{}.log"'
 
-{   # each method on the same grid of KL coefficients, two seeds; the oracle: true clause rewards, two placements
-    for kl in .03 .1 .01 .3; do for s in 0 1; do for d in $(seq $DRAWS); do
-        for g in segment token bandit; do echo "ppo $d $g-kl$kl $g $s --kl_coef $kl"; done
-        [ $kl = .03 ] && for g in segment bandit; do echo "ppo $d oracle-$g oracle $s --oracle $GOLD:clause_values --granularity $g"; done
+methods() { # each method at this KL coefficient, two seeds
+    for s in 0 1; do for d in $(seq $DRAWS); do for g in segment token bandit; do
+        echo "ppo $d $g-kl$1 $g $s --kl_coef $1"
+    done; done; done
+}
+{   for kl in .03 .1 .01; do methods $kl; done
+    # the oracle: true clause rewards, at two placements
+    for s in 0 1; do for d in $(seq $DRAWS); do for g in segment bandit; do
+        echo "ppo $d oracle-$g oracle $s --oracle $GOLD:clause_values --granularity $g"
     done; done; done
     # ablations on the segment reward model: what else the paper varies, and what we added; compare with segment-kl.03
     for d in $(seq $((DRAWS < 3 ? DRAWS : 3))); do for s in 0; do
@@ -50,4 +55,5 @@ seq $DRAWS | xargs -P $JOBS -I{} bash -c 'draw {} > $OUT/draw{}.log 2>&1 || echo
              "--out $w/rm-cutoff$c --seed $d --resume true > $w/rm-cutoff$c.log 2>&1;" \
              "ppo $d cutoff-$c cutoff$c 0"
     done; done
+    methods .3
 } | xargs -d '\n' -P $JOBS -I{} bash -c '{}'
