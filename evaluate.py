@@ -537,7 +537,7 @@ def answer(cfg, source, chats, side, cache, device):
             fail(f"{source}: weights are missing from the checkpoint, among them {sorted(info['missing_keys'])[0]}")
         hf, banned = hf.to(device).eval(), never_sampled(tokenizer, stops, config.vocab_size).to(device)
     waves = blocks(todo, cfg.generation_batch_size * ranks)
-    for block in tqdm(waves, source, leave=False, disable=rank() > 0 or not todo):
+    for block in tqdm(waves, source, leave=False, disable=True if rank() or not todo else None):
         tokens = torch.zeros(len(block), R, dtype=torch.long, device=device)                         # (b, R)
         lengths = torch.zeros(len(block), dtype=torch.long, device=device)                           # (b,)
         mine = list(range(len(block)))[rank()::ranks]
@@ -673,7 +673,7 @@ def pair_accuracy(cfg, pairs, preferences):
     groups, table = {}, {}
     for pair, p in zip(pairs, preferences):
         longer = np.sign(len(pair["output_2"]) - len(pair["output_1"]))                     # chosen against rejected
-        kinds, name = ("same length", "chosen is longer", "chosen is shorter", "all"), subset[pair["where"]]
+        kinds, name = ("same length", "chosen is longer", "all", "chosen is shorter"), subset[pair["where"]]
         own = [] if name is None else [f"subset {name}" if name in kinds else str(name)]
         for group in ("all", kinds[longer], *own):
             if p is not None:
@@ -820,7 +820,7 @@ def main(cfg):
             todo[row["key"]] = row
     if judge.alone and rank() > 0:
         return
-    with tqdm(total=len(todo), desc="verdicts", leave=False, disable=rank() > 0 or not todo) as bar:
+    with tqdm(total=len(todo), desc="verdicts", leave=False, disable=True if rank() or not todo else None) as bar:
         for row, verdict in judge.verdicts(list(todo.values())) if todo else ():
             if "failed" in verdict:
                 failed[row["key"]] = verdict["failed"]

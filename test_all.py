@@ -629,7 +629,8 @@ BAD_PAIRS = {                                               # file name: (conten
     "not_gz.jsonl.gz": (b"plain text", "not_gz.jsonl.gz"),
     "cut.jsonl.gz": (gzip.compress(json.dumps([PAIR] * 99).encode())[:-30], "cut.jsonl.gz"),
     "corrupt.jsonl.gz": (gzip.compress(b"x" * 5000)[:20] + b"\xff" * 30, "corrupt.jsonl.gz"),
-    "latin1.jsonl": ("\xe9".encode("latin-1"), "latin1.jsonl"),
+    "latin1.jsonl": ("\xe9".encode("latin-1"), "latin1.jsonl"), "deep.jsonl": ("[" * 99999, "deep.jsonl"),
+    "long.jsonl": ('{"chosen": ' + "9" * 9999 + "}", "long.jsonl"), "pairs.csv": ("chosen,rejected\na,b\n", "must end in"),
 }
 BAD_PROMPTS = {
     "empty.jsonl": ("", "empty"), "columns.jsonl": ([{"text": "a"}], "row 1: no column prompt"),
@@ -694,7 +695,8 @@ BAD_FLAGS = [                                               # script's Config, f
     (train_rm, ["--batch_size", "many"], "batch_size"), (train_rm, ["--lr", "inf"], "--lr"),
     (train_rm, ["--batch_size", "0"], "--batch_size"), (train_rm, ["--micro_tokens", "-5"], "--micro_tokens"),
     (train_rm, ["@no/such.args"], "no/such.args"), (train_rm, ["stray"], "stray"),
-    (train_rm, ["--resume", "7"], "resume"),
+    (train_rm, ["--resume", "7"], "resume"), (train_rm, ["--seed", str(10 ** 20)], "--seed"),
+    (train_rm, ["@test_all.py"], "test_all.py"), (train_rm, ["--max_prompt_tokens", "0"], "--max_prompt_tokens"),
     (train_rm, ["--save_every", "0"], "--save_every"), (train_rm, ["--eval_every", "0"], "--eval_every"),
     (train_ppo, ["--save_every", "0"], "--save_every"), (train_ppo, ["--sample_every", "0"], "--sample_every"),
     (train_ppo, ["--generation_batch_size", "0"], "--generation_batch_size"),
@@ -1166,6 +1168,23 @@ def test_a_tokenizer_may_hold_a_pad_token_that_the_model_lacks(families, tmp_pat
     assert "embeddings" in capsys.readouterr().err
 
 
+def test_a_stop_token_that_is_not_special_cannot_be_typed(families, tmp_path, capsys):
+    folder = shutil.copytree(families["llama3"], f"{tmp_path}/model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<end>"])
+    tokenizer.chat_template = tokenizer.chat_template.replace("<eos>", "<end>")
+    tokenizer.save_pretrained(folder)
+    stop = tokenizer.convert_tokens_to_ids("<end>")
+    write(f"{folder}/generation_config.json", json.dumps({"eos_token_id": stop}))
+    tokenizer, stops = segment.load_tokenizer(folder)
+    (p, r), = segment.encode_chats(tokenizer, stops, [([user("good <end> phone")], "good <end> phone", "row 1")], 99, 50)
+    assert stops.tolist() == [2, stop] and (p == stop).sum() == (r == stop).sum() == 1 and r[-1] == stop
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert "row 1: the prompt has no tokens" in refused(capsys, lambda: segment.encode_prompts(tokenizer, [[user("")]], 9, "x"))
+    write(f"{folder}/generation_config.json", "{")
+    assert "generation_config.json" in refused(capsys, lambda: segment.load_tokenizer(folder))
+
+
 def test_tokenizers_without_pad_or_end(families, tmp_path, capsys):
     folder = shutil.copytree(families["smollm2"], f"{tmp_path}/model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -1278,6 +1297,56 @@ def test_damaged_files_are_named_and_nothing_is_touched(world, halted, tmp_path,
     assert re.search(f"{tmp_path}/{name}".replace("*", r"\S*").replace("/model.safetensors", "").replace(
         r"/\S*.safetensors", ""), message), message
     assert {p: x for p, x in tree(tmp_path).items()} == before
+
+
+def test_a_run_knows_its_data_and_models(world, halted, tmp_path, capsys):
+    """What a file of the same name holds may change between a kill and --resume."""
+    out, pairs = copy_of(halted, tmp_path), open(f"{world}/pairs.jsonl").readlines()
+    other = write(f"{tmp_path}/pairs.jsonl", "".join(pairs[::-1]))
+    config = json.load(open(f"{out}/config.json"))
+    write(f"{out}/config.json", json.dumps(config | {"data": other}))
+    assert "has changed since" in refused(capsys, lambda: rm_here(world, out, "--resume", "--data", other))
+    name, = os.listdir(f"{halted}-cache")
+    cached = f"{out}-cache/{name}"
+    H = np.load(cached)
+    for bad in (H * math.nan, -1 - H, H.astype(int), H[None], np.array("text")):
+        np.save(cached, bad)
+        assert "damaged cache" in refused(capsys, lambda: rm_here(world, out, "--resume", "--data", f"{world}/pairs.jsonl"))
+
+
+def test_calibration_replaces_no_other_model(world, runs, tmp_path, capsys):
+    rm, finished = runs["rm"].result(), f"{tmp_path}/finished"
+    shutil.copytree(rm, finished)
+    before = tree(finished)
+    for flags, words in ((["--oracle", f"{WORLD_PY}:clause_values"], "another model"), (["--cutoff", "2"], "--cutoff 1.0"),
+                         (["--reward_model", "org/model-of-the-hub"], "another model"),
+                         (["--granularity", "bandit"], "--granularity segment")):
+        assert words in refused(capsys, lambda: rm_here(world, finished, "--calibrate_only", *flags))
+    assert tree(finished) == before
+
+
+@pytest.mark.parametrize("change,words", [
+    ({"cutoff": math.nan}, "NaN"), ({"cutoff": "1.0"}, "damaged"), ({"granularity": "word"}, "damaged"), ({"sft_model": None}, "damaged"),
+    ({"statistics": []}, "damaged"), ({"b_std": 0.0}, "damaged"), ({"b_std": "2"}, "damaged"), ({"scale": {"even": 0.0}}, "damaged"),
+    ({"scale": None}, "damaged")])
+def test_a_reward_json_that_makes_no_sense(world, runs, tmp_path, capsys, change, words):
+    rm = shutil.copytree(runs["rm"].result() + "/model", f"{tmp_path}/rm")
+    saved = json.load(open(f"{rm}/reward.json"))
+    place = saved["statistics"]["segment"]["location"] if set(change) & {"b_std", "scale"} else saved
+    place.update(change)
+    write(f"{rm}/reward.json", json.dumps(saved))
+    assert words in refused(capsys, lambda: ppo_here(world, rm, f"{tmp_path}/out"))
+
+
+@pytest.mark.parametrize("body,words", [
+    ("raise KeyError('no such thing')", "KeyError"), ("return None", "TypeError"), ("return 'good'", "ValueError")])
+def test_a_gold_function_that_fails(world, runs, tmp_path, capsys, body, words):
+    path = write(f"{tmp_path}/mine.py", f"def f(prompt, response):\n    {body}\ndef g(prompt, response, scale=10.):\n"
+                                        "    return scale\n")
+    short = ["--max_steps", "1", "--max_new_tokens", "4", "--gold"]
+    assert words in refused(capsys, lambda: ppo_here(world, runs["rm"].result() + "/model", f"{tmp_path}/out", *short, f"{path}:f"))
+    ppo_here(world, runs["rm"].result() + "/model", f"{tmp_path}/good", *short, f"{path}:g")
+    assert metrics(f"{tmp_path}/good")[0]["gold"] == 10     # only a parameter called finished is given whether it is
 
 
 @pytest.mark.parametrize("limit,resume", [(2_000, False), (150_000, True)], ids=["entropies", "checkpoint"])
@@ -1729,6 +1798,23 @@ def test_endpoint_that_never_works(tmp_path, capsys, monkeypatch):
     assert "sk-secret" not in everything
 
 
+def test_a_key_is_hidden_before_the_text_is_cut(tmp_path, capsys, monkeypatch):
+    """The server gives the key back, across the place where long messages are cut, or escaped."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-" + "0123456789" * 4)
+    key = os.environ["OPENAI_API_KEY"]
+    for pad, reply in ((165, 401), (30, 401), (40, "A" * 30), (0, "")):
+        said = "x" * pad + key + "y" * 99
+        payload = said if reply == 401 else json.dumps({"choices": [{"message": {"content": said}}]})
+        monkeypatch.setattr(Handler, "do_POST", lambda self: (
+            self.rfile.read(int(self.headers["Content-Length"])), self.send_response(reply if reply == 401 else 200),
+            self.send_header("Content-Length", str(len(payload))), self.end_headers(), self.wfile.write(payload.encode())))
+        with pytest.raises(SystemExit):
+            E.main(config(tmp_path, api_base=Server().url, tries=1, n=1, out=f"{tmp_path}/{pad}"))
+        out = capsys.readouterr()
+        everything = out.out + out.err + "".join(map(repr, tree(f"{tmp_path}/{pad}").values()))
+        assert "sk-sec" not in everything and "***" in out.err, out.err
+
+
 def test_killed_run_continues_after_a_torn_line(tmp_path):
     server = Server()
     E.main(config(tmp_path, api_base=server.url, n=10))
@@ -1782,10 +1868,26 @@ def test_several_policies_function_judge_and_protected_folder(tmp_path, capsys):
 def test_bad_input(tmp_path, capsys):
     cfg = config(tmp_path, judge=f"{tmp_path}/judge.py:score")
     (tmp_path / "judge.py").write_text("def score(prompt, response):\n    return float('nan')\n")
-    (tmp_path / "bad.json").write_text(json.dumps([{"preference": 3, "len_1": 1, "len_2": 2}]))
+    with open(tmp_path / "judge.py", "a") as f:
+        f.write("def none(prompt, response):\n    return None\n")
+    row = {"preference": 2, "len_1": 1, "len_2": 2}
+    for name, rows in (("good", [row]), ("bad", [row | {"preference": 3}]), ("nan", [row | {"len_2": math.nan}])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    outputs = json.load(open(tmp_path / "base.json"))
+    (tmp_path / "base-baseline.json").write_text(json.dumps(outputs))
+    (tmp_path / "two.json").write_text(json.dumps(outputs + [outputs[0] | {"output": "another"}]))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/metrics.jsonl").write_text("")
     for change, word in ((dict(judge="nowhere.py:f"), "nowhere.py"), (dict(), "no scores"), (dict(model=[f"{tmp_path}/nowhere"]), "nowhere"),
                          (dict(model=["nowhere.json"]), "nowhere.json"), (dict(annotations=[f"{tmp_path}/bad.json"]), "row 1"),
-                         (dict(temperature=-1.0), "--temperature"), (dict(api_base="http://key@host/v1"), "--api_base")):
+                         (dict(temperature=-1.0), "--temperature"), (dict(api_base="http://key@host/v1"), "--api_base"),
+                         (dict(api_base="http://host/v1?key=secret"), "--api_base"), (dict(api_base="http://["), "--api_base"),
+                         (dict(model=[cfg.model[0]] * 2), "called"), (dict(model=[cfg.baseline, f"{tmp_path}/base-baseline.json"]),
+                         "base-baseline"), (dict(model=[f"{tmp_path}/two.json"]), "second output"),
+                         (dict(out=f"{tmp_path}/foreign"), "no evaluation"), (dict(out=f"{tmp_path}/bad.json/x"), "--out"),
+                         (dict(judge=f"{tmp_path}/bad.json:score"), "no Python file"), (dict(judge=f"{tmp_path}/judge.py:none"), "TypeError"),
+                         (dict(difficulty=f"{tmp_path}/bad.json", annotations=[f"{tmp_path}/good.json"]), "--difficulty"),
+                         (dict(annotations=[f"{tmp_path}/nan.json"]), "len_2")):
         with pytest.raises(SystemExit) as e:
             E.main(replace(cfg, **change))
         err = capsys.readouterr().err

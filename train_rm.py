@@ -644,7 +644,7 @@ def main(cfg):
     def encode(source):
         rows, chats = [], []
         for prompt, chosen, rejected, where in tqdm(load_pairs(source, cfg.max_samples), f"encoding {source}",
-                                                    disable=rank() > 0, leave=False, delay=2):
+                                                    disable=True if rank() else None, leave=False, delay=2):
             chats += [(prompt, chosen, where), (prompt, rejected, where)]
             if len(chats) >= 4096:                               # in blocks: text is bulky, token ids are not
                 rows, chats = rows + encode_chats(tokenizer, stops, chats, cfg.max_tokens, cfg.max_prompt_tokens), []
