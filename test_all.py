@@ -1306,12 +1306,13 @@ def test_a_run_knows_its_data_and_models(world, halted, tmp_path, capsys):
     config = json.load(open(f"{out}/config.json"))
     write(f"{out}/config.json", json.dumps(config | {"data": other}))
     assert "has changed since" in refused(capsys, lambda: rm_here(world, out, "--resume", "--data", other))
+    write(f"{out}/config.json", json.dumps(config))
     name, = os.listdir(f"{halted}-cache")
     cached = f"{out}-cache/{name}"
     H = np.load(cached)
     for bad in (H * math.nan, -1 - H, H.astype(int), H[None], np.array("text")):
         np.save(cached, bad)
-        assert "damaged cache" in refused(capsys, lambda: rm_here(world, out, "--resume", "--data", f"{world}/pairs.jsonl"))
+        assert "damaged cache" in refused(capsys, lambda: rm_here(world, out, "--resume"))
 
 
 def test_calibration_replaces_no_other_model(world, runs, tmp_path, capsys):
@@ -1885,7 +1886,7 @@ def test_bad_input(tmp_path, capsys):
                          (dict(model=[cfg.model[0]] * 2), "called"), (dict(model=[cfg.baseline, f"{tmp_path}/base-baseline.json"]),
                          "base-baseline"), (dict(model=[f"{tmp_path}/two.json"]), "second output"),
                          (dict(out=f"{tmp_path}/foreign"), "no evaluation"), (dict(out=f"{tmp_path}/bad.json/x"), "--out"),
-                         (dict(judge=f"{tmp_path}/bad.json:score"), "no Python file"), (dict(judge=f"{tmp_path}/judge.py:none"), "TypeError"),
+                         (dict(judge=f"{tmp_path}/judge.py:none"), "TypeError"),
                          (dict(difficulty=f"{tmp_path}/bad.json", annotations=[f"{tmp_path}/good.json"]), "--difficulty"),
                          (dict(annotations=[f"{tmp_path}/nan.json"]), "len_2")):
         with pytest.raises(SystemExit) as e:
