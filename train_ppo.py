@@ -15,8 +15,8 @@ One iteration, section 2.4 of the paper:
 
 Deviations from the authors' code: every random draw is a function of (seed, iteration, row), so that a run can be
 killed and resumed, or moved to another number of GPUs, and gives the same numbers; statistics come from reward.json,
-never from a table looked up by name; masks come from lengths; some defaults are the embedded world's, not the paper's:
---reward_scale total, --missing_eos_reward -3 (the paper: none, 0) and a critic head that starts at zero.
+never from a table looked up by name; masks come from lengths; the critic's head starts at zero; two defaults are the
+embedded world's, not the paper's: --reward_scale total and --missing_eos_reward -3 (the paper: none, 0).
 """
 import functools
 import math
@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from segment import (WORLD, Granularity, LanguageModel, compute_dtype, encode_prompts, fail, in_world, is_finished,
                      load_model, load_prompts, load_tokenizer, map_rows, micro_batches, on_rank0, one_line, opt, pad,
@@ -108,6 +109,29 @@ def race(luck, V):
     return -(((x >> 41 & (1 << 23) - 1) + 0.5) / 2 ** 23).log()
 
 
+class RoomyLayer(DynamicLayer):
+    """transformers' KV cache of one layer with room for 128 more tokens: theirs copies all of it for every new token,
+    which on a GPU costs as much time as reading the weights."""
+
+    def update(self, keys, values, *args, **kwargs):
+        """keys, values: (b, heads, n, head size) of new tokens. Returns those of all tokens."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values, self.room = keys[:, :, :0], values[:, :, :0], None
+        old, new = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
+        if self.room is None or self.room[0].shape[2] < new:
+            self.room = [torch.cat([x, x.new_empty(*y.shape[:2], y.shape[2] + 128, y.shape[3])], 2)
+                         for x, y in ((self.keys, keys), (self.values, values))]
+        for room, y in zip(self.room, (keys, values)):
+            room[:, :, old:new] = y
+        self.keys, self.values = (room[:, :, :new] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.room = None
+
+
 @torch.no_grad()
 def generate(hf, prompts, stops, max_new_tokens, luck, temperature=1.0, banned=None):
     """Sample a response to each prompt from the full distribution, whatever the model's generation_config says.
@@ -131,6 +155,7 @@ def generate(hf, prompts, stops, max_new_tokens, luck, temperature=1.0, banned=N
     row = torch.arange(B, device=device)                                                    # (b,) rows in the cache
     live = torch.ones(B, dtype=torch.bool, device=device)                                   # (b,)
     cache, positions = DynamicCache(config=hf.config), (mask.cumsum(1) - 1).clamp(min=0)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     for r in range(max_new_tokens):
         logits = hf(input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache,
                     use_cache=True, logits_to_keep=1).logits[:, -1].float()                 # (b, V)

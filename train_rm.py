@@ -23,6 +23,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -493,7 +494,7 @@ def save_checkpoint(cfg, step, pairs, keep=False):
     folder = f"{cfg.out}/checkpoint/step_{step}"
     on_rank0(shutil.rmtree, folder + ".tmp", ignore_errors=True)
     state, files = training_state(pairs), {}                      # a file per layer: each is put together in memory
-    index = {key: files.setdefault(re.sub(r"(layers\.\d+)\..*", r"\1", key), len(files) + 1) for key in state}
+    index = {key: files.setdefault(re.search(r".*layers\.\d+\.|^\w+", key)[0], len(files) + 1) for key in state}
     try:
         dcp.save(state, storage_writer=HuggingFaceStorageWriter(folder + ".tmp", index, save_distributed=True))
     except (Exception, CheckpointException) as e:                 # most often a full disk
@@ -509,10 +510,13 @@ def save_checkpoint(cfg, step, pairs, keep=False):
 
 def load_checkpoint(cfg, step, pairs):
     """Read step_N into the models and optimizers in place, on any number of ranks."""
+    logging.disable(logging.WARNING)                              # what is wrong is said below, in one line
     try:
         dcp.load(training_state(pairs), storage_reader=HuggingFaceStorageReader(f"{cfg.out}/checkpoint/step_{step}"))
     except (Exception, CheckpointException) as e:
         fail(f"{cfg.out}/checkpoint/step_{step}: cannot be loaded ({cause(e)}); delete that folder, then --resume")
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def cause(e):

@@ -19,7 +19,7 @@ from segment import (LanguageModel, encode_chats, is_finished, load_model, load_
 from train_rm import GRANULARITIES, Normalizer, ScalarModel, read_json  # noqa: E402
 
 METHODS, COLORS = ("segment", "token", "bandit"), dict(segment="tab:red", token="tab:blue", bandit="tab:gray")
-GRID = (".01", ".03", ".1", ".3")
+GRID = (".01", ".03", ".1", ".3")                             # those that ran are shown
 
 
 def load(out):
@@ -69,7 +69,7 @@ def tables(runs):
         cells = [cell(over_draws(runs, name, f)) for f in
                  (lambda m: m["gold"][0], lambda m: m["gold"][18:21].mean(), final("gold"))]
         cells += [f"{over_draws(runs, name, final('kl'))[0]:.1f}"]
-        every = [f"{label}-kl{kl}" for kl in GRID] if label in METHODS else [name]             # at either coefficient
+        every = [f"{label}-kl{kl}" for kl in GRID] if label in METHODS else [name]             # at any coefficient
         cells += [cell(max(over_draws(runs, n, gold_within(kl)) for n in every)) for kl in (3, 4, 6, 8)]
         kl = f" ({name.split('-kl')[1]})" if "-kl" in name else " (.03)"
         print(f"| {label}{kl} | {over_draws(runs, name, final('gold'))[2]} | " + " | ".join(cells) + " |")
@@ -109,7 +109,7 @@ def pictures(runs, best, here):
 
     fig, ax = plt.subplots(figsize=(5, 3.6))
     for g in METHODS:
-        for kl, alpha in zip(GRID, (.5, 1)):
+        for kl, alpha in zip(GRID, (.25, .5, .75, 1)):
             seeds = [m for s in runs[f"{g}-kl{kl}"].values() for m in s]
             ax.plot(np.mean([m["kl"] for m in seeds], 0), np.mean([m["gold"] for m in seeds], 0), color=COLORS[g],
                     alpha=alpha, label=f"{g}, coefficient {kl}")
@@ -128,7 +128,7 @@ def truth(out, here):
         chats = [(p, c, where) for p, *both, where in load_pairs(f"{w}/pairs_test.jsonl") for c in both]
         rows = encode_chats(tokenizer, stops, chats, 256, 128)
         sft = load_model(f"{w}/sft", LanguageModel, device, torch.float32)
-        entropy = map_rows(sft, rows, 16384, device)[2]                                               # (B, R)
+        entropy = map_rows(sft, rows, 16384, device)[2].cpu()                                         # (B, R)
         mask = torch.arange(entropy.shape[1]) < torch.tensor([[len(r)] for _, r in rows])
         gold = torch.full(entropy.shape, torch.nan)                                               # at true clause ends
         for b, (prompt, response, _) in enumerate(chats):
@@ -142,7 +142,7 @@ def truth(out, here):
         ends = segment_ends(entropy, mask, done, 1.0, "segment")
         for g in GRANULARITIES:
             rm = load_model(f"{w}/rm-{g}/model", ScalarModel, device, torch.float32)
-            values, both = map_rows(rm, rows, 16384, device)[0], true & ends                          # (B, R) each
+            values, both = map_rows(rm, rows, 16384, device)[0].cpu(), true & ends                    # (B, R) each
             correlation[g].append(float(torch.corrcoef(torch.stack([values[both], gold[both]]))[0, 1]))
             if g == "segment" and d == 0:
                 saved = read_json(f"{w}/rm-segment/model/reward.json")["statistics"]["segment"]["location"]
@@ -165,5 +165,6 @@ def truth(out, here):
 if __name__ == "__main__":
     out, here = sys.argv[1], os.path.dirname(os.path.abspath(__file__))
     runs = load(out)
+    GRID = [kl for kl in GRID if all(f"{g}-kl{kl}" in runs for g in METHODS)]
     pictures(runs, tables(runs), here)
     truth(out, here)
