@@ -260,8 +260,9 @@ def prepare_world(*paths):
 # ------------------------------------------------------------------------------------------------------------
 # Plumbing. One GPU or many: the same code on 1 and N ranks, under `python` and under `torchrun`
 # ------------------------------------------------------------------------------------------------------------
-def setup():
-    """Join the process group (a group of one without torchrun) and pick this rank's device."""
+def setup(deterministic=False):
+    """Join the process group (a group of one without torchrun) and pick this rank's device. deterministic: CUDA kernels
+    that give the same bits every time, as those of the CPU do; torch warns of one that cannot."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")                # a terminal without unicode must not end a run
     hf_logging.set_verbosity_error()
@@ -276,6 +277,11 @@ def setup():
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     if cuda:
         torch.cuda.set_device(device)
+    if cuda and deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)     # flash attention and the plain one have such kernels
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 

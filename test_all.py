@@ -32,6 +32,9 @@ from unicodedata import normalize as nfc
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")               # two runs at a time, one thread each
 os.environ["HF_HUB_OFFLINE"] = "1"                          # nothing here may reach the network
+HAS_CUDA = bool(shutil.which("nvidia-smi")) and not subprocess.run(
+    [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"]).returncode
+VISIBLE, os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES"), ""     # CUDA in section 9 alone
 
 import numpy as np
 import pytest
@@ -1568,8 +1571,14 @@ def test_a_world_is_a_function_of_its_seed(world, tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 # 9. CUDA
 # ------------------------------------------------------------------------------------------------------------
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_few_steps_on_cuda(world, tmp_path):
+@pytest.fixture
+def cuda(monkeypatch):
+    if not HAS_CUDA:
+        pytest.skip("no CUDA device")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES") if VISIBLE is None else monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
+
+
+def test_a_few_steps_on_cuda(cuda, world, tmp_path):
     run_well("train_rm.py", rm_flags(world, f"{tmp_path}/rm", "--max_steps", "2"))
     run_well("train_ppo.py", ppo_flags(world, f"{tmp_path}/rm/model", f"{tmp_path}/ppo", "--max_steps", "2"))
     for out in ("rm", "ppo"):
@@ -1577,6 +1586,14 @@ def test_a_few_steps_on_cuda(world, tmp_path):
         assert len(rows) == 2 and all(v is not None and math.isfinite(v) for row in rows for v in row.values())
         assert next(iter(weights(f"{tmp_path}/{out}").values())).dtype == torch.bfloat16
     assert all(abs(row["first_ratio"] - 1) < 0.1 for row in rows)
+
+
+def test_a_killed_run_on_cuda_is_the_uninterrupted_one(cuda, world, tmp_path):
+    flags = lambda out: rm_flags(world, f"{tmp_path}/{out}", "--deterministic", "true", "--save_every", "1")
+    run_well("train_rm.py", flags("whole"))
+    assert kill("train_rm.py", flags("killed"), lambda: steps_logged(f"{tmp_path}/killed") >= 2, signal.SIGKILL) == -9
+    run_well("train_rm.py", flags("killed") + ["--resume"])
+    same_run(f"{tmp_path}/whole", f"{tmp_path}/killed")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -89,6 +89,7 @@ class Config:
     dtype: Literal["auto", "bf16", "fp32"] = opt("auto", "to compute in: bf16 on CUDA, fp32 on CPU (masters are fp32)")
     micro_tokens: int = opt(16384, "tokens in a GPU's forward pass, padding included; lower it when memory runs out")
     grad_checkpoint: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
+    deterministic: bool = opt(False, "CUDA: the same bits in every run, also a resumed one; slower (CPUs always do)")
     # bookkeeping
     sample_every: int = opt(5, "iterations between printed samples")
     save_every: int = opt(10, "iterations between checkpoints (paper: exported every 5)")
@@ -298,7 +299,7 @@ def prompt_text(messages):
 # The run
 # ============================================================================================================
 def main(cfg):
-    device = setup()
+    device = setup(cfg.deterministic)
     if on_rank0(already_finished, cfg):
         return
     prepare_world(cfg.model, cfg.data)

@@ -79,6 +79,7 @@ class Config:
     dtype: Literal["auto", "bf16", "fp32"] = opt("auto", "to compute in: bf16 on CUDA, fp32 on CPU (masters are fp32)")
     micro_tokens: int = opt(16384, "tokens in a GPU's forward pass, padding included; lower it when memory runs out")
     grad_checkpoint: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
+    deterministic: bool = opt(False, "CUDA: the same bits in every run, also a resumed one; slower (CPUs always do)")
     # bookkeeping
     eval_every: int = opt(50, "steps between evaluations")
     save_every: int = opt(100, "steps between checkpoints")
@@ -624,7 +625,7 @@ def learning_rate(step, steps, warmup):
 # The run
 # ============================================================================================================
 def main(cfg):
-    device = setup()
+    device = setup(cfg.deterministic)
     if not cfg.calibrate_only and on_rank0(already_finished, cfg):
         return
     prepare_world(cfg.model, cfg.data)
