@@ -1,6 +1,6 @@
 """Every chapter against an independent reference:  pytest test_all.py      (about three minutes on two CPU cores)
 
-1. functions against literal loops and closed forms      6. attacks: odd data, numbers and tokenizers, faults, evil files
+1. functions against literal loops and closed forms      6. attacks: odd data, numbers, tokenizers; faults, evil files
 2. chat encoding                                         7. the recipes of config/
 3. sampling                                              8. the world's ground truth
 4. data and flags that must be refused                   9. CUDA, where there is one
@@ -633,7 +633,8 @@ BAD_PAIRS = {                                               # file name: (conten
     "cut.jsonl.gz": (gzip.compress(json.dumps([PAIR] * 99).encode())[:-30], "cut.jsonl.gz"),
     "corrupt.jsonl.gz": (gzip.compress(b"x" * 5000)[:20] + b"\xff" * 30, "corrupt.jsonl.gz"),
     "latin1.jsonl": ("\xe9".encode("latin-1"), "latin1.jsonl"), "deep.jsonl": ("[" * 99999, "deep.jsonl"),
-    "long.jsonl": ('{"chosen": ' + "9" * 9999 + "}", "long.jsonl"), "pairs.csv": ("chosen,rejected\na,b\n", "must end in"),
+    "long.jsonl": ('{"chosen": ' + "9" * 9999 + "}", "long.jsonl"),
+    "pairs.csv": ("chosen,rejected\na,b\n", "must end in"),
 }
 BAD_PROMPTS = {
     "empty.jsonl": ("", "empty"), "columns.jsonl": ([{"text": "a"}], "row 1: no column prompt"),
@@ -887,7 +888,8 @@ def runs(world, tmp_path_factory):
         return out
 
     for name, job, *args in (("rm", rm, "rm"), ("rm_two", rm, "rm_two", 2), ("ppo", ppo, "ppo"),
-                             ("rm_killed", rm_killed), ("rm_orphan", rm_orphan), ("ppo_two", ppo, "ppo_two", 2), ("ppo_killed", ppo_killed),
+                             ("rm_killed", rm_killed), ("rm_orphan", rm_orphan), ("ppo_two", ppo, "ppo_two", 2),
+                             ("ppo_killed", ppo_killed),
                              ("ppo_moved", ppo_moved)):
         started[name] = pool.submit(job, *args)
     yield started
@@ -1070,8 +1072,10 @@ def test_oracle_rewards_take_the_place_of_a_reward_model(world, tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 # 6. Attacks: nothing lost, nobody let in
 # ------------------------------------------------------------------------------------------------------------
-ODD = ["<eos>", "<bos>", "<system>", "<assistant>\n", "<user>", "<|im_end|>", "<|eot_id|>", "{{ x }}", "{% raw %}", "../../etc",
-       "\0", "\ud800", "\u202e", "\ufeff", "\u200b", "\u2028", "e\u0301", "👩‍👩‍👧", "𝔘", "ﷺ", "\r\n", "\t", "null", "phone", "good."]
+ODD = ["<eos>", "<bos>", "<system>", "<assistant>\n", "<user>", "<|im_end|>", "<|eot_id|>", "{{ x }}", "{% raw %}",
+       "../../etc",
+       "\0", "\ud800", "\u202e", "\ufeff", "\u200b", "\u2028", "e\u0301", "👩‍👩‍👧", "𝔘", "ﷺ", "\r\n", "\t", "null",
+       "phone", "good."]
 
 
 def odd_text(rng):
@@ -1085,7 +1089,8 @@ def odd_chat(rng, turns):
     chat = [(assistant if (turns - n) % 2 else user)(odd_text(rng)) for n in range(turns)]
     if rng.random() < .06:
         chat.insert(rng.randrange(turns + 1), rng.choice([
-            {"role": "system", "content": odd_text(rng)}, {"role": "<eos>", "content": "a"}, {"role": "user"}, None, "text",
+            {"role": "system", "content": odd_text(rng)}, {"role": "<eos>", "content": "a"}, {"role": "user"}, None,
+            "text",
             {"role": None, "content": "a"}, user(None), user(7), user([odd_text(rng)]), assistant({"a": 1}), {}, []]))
     return chat
 
@@ -1124,7 +1129,7 @@ def odd_file(rng, folder):
 
 
 def test_odd_files_are_encoded_faithfully_or_refused_in_one_line(tmp_path, families, capsys):
-    """Files of every layout with everything a text can hold. FUZZ=10000 pytest test_all.py -k odd_files: the long way."""
+    """Files of every layout with everything a text can hold. FUZZ=10000 pytest test_all.py -k odd_files: many."""
     rng, encoded, turned_away = random.Random(0), 0, 0
     tokenizers = [segment.load_tokenizer(folder) for folder in families.values()]
     for _ in range(int(os.environ.get("FUZZ", 150))):
@@ -1133,16 +1138,19 @@ def test_odd_files_are_encoded_faithfully_or_refused_in_one_line(tmp_path, famil
             pairs = list(segment.load_pairs(path))
             prompts = segment.load_prompts(path)
             for tokenizer, stops in tokenizers:
-                special = [i for i, t in tokenizer.added_tokens_decoder.items() if t.special and i != tokenizer.unk_token_id]
+                special = [i for i, t in tokenizer.added_tokens_decoder.items() if t.special
+                           and i != tokenizer.unk_token_id]
                 chats = [(prompt, text, where) for prompt, *both, where in pairs for text in both]
                 rows = segment.encode_chats(tokenizer, stops, chats, 240, 120)
                 meek = [([m | {"content": "good"} for m in prompt], "good", where) for prompt, _, where in chats]
-                for (p, r), (q, s), (prompt, text, _) in zip(rows, segment.encode_chats(tokenizer, stops, meek, 999, 999), chats):
+                meek = segment.encode_chats(tokenizer, stops, meek, 999, 999)
+                for (p, r), (q, s), (prompt, text, _) in zip(rows, meek, chats):
                     assert 0 < len(r) and len(p) + len(r) <= 240 and not np.isin(r[:-1], stops).any()
                     skeleton = q[np.isin(q, special)].tolist()                   # nothing typed is a special token
                     found = p[np.isin(p, special)].tolist()
                     whole, = segment.encode_prompts(tokenizer, [prompt], 10 ** 6)
-                    assert whole[np.isin(whole, special)].tolist() == skeleton and found == skeleton[len(skeleton) - len(found):]
+                    assert whole[np.isin(whole, special)].tolist() == skeleton
+                    assert found == skeleton[len(skeleton) - len(found):]        # a long prompt lost its oldest tokens
                     if tokenizer is tokenizers[2][0] and np.isin(r[-1], stops):  # the one that knows every byte
                         assert tokenizer.decode(r[:-1]).replace("\u200b", "") == nfc("NFC", text).replace("\u200b", "")
                     encoded += 1
@@ -1180,10 +1188,12 @@ def test_a_stop_token_that_is_not_special_cannot_be_typed(families, tmp_path, ca
     stop = tokenizer.convert_tokens_to_ids("<end>")
     write(f"{folder}/generation_config.json", json.dumps({"eos_token_id": stop}))
     tokenizer, stops = segment.load_tokenizer(folder)
-    (p, r), = segment.encode_chats(tokenizer, stops, [([user("good <end> phone")], "good <end> phone", "row 1")], 99, 50)
+    chat = [user("good <end> phone")], "good <end> phone", "row 1"
+    (p, r), = segment.encode_chats(tokenizer, stops, [chat], 99, 50)
     assert stops.tolist() == [2, stop] and (p == stop).sum() == (r == stop).sum() == 1 and r[-1] == stop
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    assert "row 1: the prompt has no tokens" in refused(capsys, lambda: segment.encode_prompts(tokenizer, [[user("")]], 9, "x"))
+    message = refused(capsys, lambda: segment.encode_prompts(tokenizer, [[user("")]], 9, "x"))
+    assert "row 1: the prompt has no tokens" in message
     write(f"{folder}/generation_config.json", "{")
     assert "generation_config.json" in refused(capsys, lambda: segment.load_tokenizer(folder))
 
@@ -1232,7 +1242,8 @@ def test_nothing_that_is_loaded_runs(families, world, tmp_path, capsys, evil):
         os.remove(f"{folder}/model.safetensors")
         torch.save({"model.embed_tokens.weight": Marker()}, f"{folder}/pytorch_model.bin")
     elif evil == "template":
-        write(f"{folder}/chat_template.jinja", "{{ cycler.__init__.__globals__.os.system('touch " + Marker.path + "') }}")
+        write(f"{folder}/chat_template.jinja",
+              "{{ cycler.__init__.__globals__.os.system('touch " + Marker.path + "') }}")
     else:
         train_rm.main(parse(train_rm.Config, flags))
         for path in glob.glob(f"{cache}/*.npy"):
@@ -1250,7 +1261,8 @@ def test_the_sources_hold_no_pickle_and_no_remote_code():
     for path in glob.glob("*.py") + glob.glob("data/reviews/*.py"):
         text = open(path).read()
         if path != "test_all.py":
-            assert not re.search(r"torch\.(load|save)\(|pickle\b(?!=False)|trust_remote_code=True|[^.]\b(eval|exec)\(", text)
+            assert not re.search(r"torch\.(load|save)\(|pickle\b(?!=False)|trust_remote_code=True|[^.]\b(eval|exec)\(",
+                                 text)
 
 
 def edit(path, change):
@@ -1282,8 +1294,10 @@ def copy_of(halted, folder):
 
 
 SHARD, CACHED = "run/checkpoint/step_3/*.safetensors", "run-cache/*.npy"
-DAMAGE = [("run/config.json", lambda x: x[:50]), ("run/config.json", lambda x: b"[]"), ("run/config.json", lambda x: b"\xff"),
-          ("run/metrics.jsonl", lambda x: b"\n" + x), ("run/metrics.jsonl", lambda x: x.replace(b'"step": 2', b'"step": 9')),
+DAMAGE = [("run/config.json", lambda x: x[:50]), ("run/config.json", lambda x: b"[]"),
+          ("run/config.json", lambda x: b"\xff"),
+          ("run/metrics.jsonl", lambda x: b"\n" + x),
+          ("run/metrics.jsonl", lambda x: x.replace(b'"step": 2', b'"step": 9')),
           ("run/metrics.jsonl", lambda x: b"\xff\xfe" + x), ("run/metrics.jsonl", lambda x: b"[1]\n" + x),
           (SHARD, lambda x: x[:len(x) // 2]), (SHARD, lambda x: b""), (SHARD, lambda x: b"\xff" * 64 + x[64:]),
           (CACHED, lambda x: x[:len(x) // 2]), (CACHED, lambda x: b""), (CACHED, lambda x: x[:70]),
@@ -1322,7 +1336,8 @@ def test_calibration_replaces_no_other_model(world, runs, tmp_path, capsys):
     rm, finished = runs["rm"].result(), f"{tmp_path}/finished"
     shutil.copytree(rm, finished)
     before = tree(finished)
-    for flags, words in ((["--oracle", f"{WORLD_PY}:clause_values"], "another model"), (["--cutoff", "2"], "--cutoff 1.0"),
+    for flags, words in ((["--oracle", f"{WORLD_PY}:clause_values"], "another model"),
+                         (["--cutoff", "2"], "--cutoff 1.0"),
                          (["--reward_model", "org/model-of-the-hub"], "another model"),
                          (["--granularity", "bandit"], "--granularity segment")):
         assert words in refused(capsys, lambda: rm_here(world, finished, "--calibrate_only", *flags))
@@ -1330,8 +1345,10 @@ def test_calibration_replaces_no_other_model(world, runs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change,words", [
-    ({"cutoff": math.nan}, "NaN"), ({"cutoff": "1.0"}, "damaged"), ({"granularity": "word"}, "damaged"), ({"sft_model": None}, "damaged"),
-    ({"statistics": []}, "damaged"), ({"b_std": 0.0}, "damaged"), ({"b_std": "2"}, "damaged"), ({"scale": {"even": 0.0}}, "damaged"),
+    ({"cutoff": math.nan}, "NaN"), ({"cutoff": "1.0"}, "damaged"), ({"granularity": "word"}, "damaged"),
+    ({"sft_model": None}, "damaged"),
+    ({"statistics": []}, "damaged"), ({"b_std": 0.0}, "damaged"), ({"b_std": "2"}, "damaged"),
+    ({"scale": {"even": 0.0}}, "damaged"),
     ({"scale": None}, "damaged")])
 def test_a_reward_json_that_makes_no_sense(world, runs, tmp_path, capsys, change, words):
     rm = shutil.copytree(runs["rm"].result() + "/model", f"{tmp_path}/rm")
@@ -1348,7 +1365,8 @@ def test_a_gold_function_that_fails(world, runs, tmp_path, capsys, body, words):
     path = write(f"{tmp_path}/mine.py", f"def f(prompt, response):\n    {body}\ndef g(prompt, response, scale=10.):\n"
                                         "    return scale\n")
     short = ["--max_steps", "1", "--max_new_tokens", "4", "--gold"]
-    assert words in refused(capsys, lambda: ppo_here(world, runs["rm"].result() + "/model", f"{tmp_path}/out", *short, f"{path}:f"))
+    assert words in refused(capsys, lambda: ppo_here(world, runs["rm"].result() + "/model", f"{tmp_path}/out", *short,
+                                                     f"{path}:f"))
     ppo_here(world, runs["rm"].result() + "/model", f"{tmp_path}/good", *short, f"{path}:g")
     assert metrics(f"{tmp_path}/good")[0]["gold"] == 10     # only a parameter called finished is given whether it is
 
@@ -1437,7 +1455,8 @@ def odd_rewards(runs, tmp_path_factory):
 @pytest.mark.parametrize("name", ["nan", "inf"])
 def test_rewards_that_are_not_finite_stop_ppo_with_a_checkpoint(world, odd_rewards, tmp_path, capsys, name):
     out = f"{tmp_path}/out"
-    message = refused(capsys, lambda: ppo_here(world, f"{odd_rewards}/{name}", out, "--max_steps", "9", "--max_new_tokens", "12"))
+    message = refused(capsys, lambda: ppo_here(world, f"{odd_rewards}/{name}", out, "--max_steps", "9",
+                                               "--max_new_tokens", "12"))
     assert "not finite" in message and [row["skipped"] for row in metrics(out)] == [2, 4, 6]
     assert metrics(out)[0]["reward"] is None and "step_3" in os.listdir(f"{out}/checkpoint")
     sft = load_file(f"{world}/sft/model.safetensors")       # and the policy is what it was
@@ -1471,12 +1490,14 @@ def test_rollouts_in_which_all_end_alike(world, runs, tmp_path, monkeypatch, gra
 def test_the_special_rules_and_the_critics_start(world, runs, tmp_path):
     """--bad_length, --divide_by_length, --critic_warmup, --critic_init, --ppo_epochs: what each must do to a run."""
     def run(name, *flags):
-        ppo_here(world, runs["rm"].result() + "/model", f"{tmp_path}/{name}", "--max_steps", "1", "--missing_eos_reward",
+        ppo_here(world, runs["rm"].result() + "/model", f"{tmp_path}/{name}", "--max_steps", "1",
+                 "--missing_eos_reward",
                  "0", *flags)
         return metrics(f"{tmp_path}/{name}")[0], weights(f"{tmp_path}/{name}")
     short = ["--max_new_tokens", "9"]
     plain, plain_weights = run("plain", *short)
-    assert run("divided", *short, "--divide_by_length", "true")[0]["reward_total"] == pytest.approx(plain["reward_total"] / 9)
+    divided = run("divided", *short, "--divide_by_length", "true")[0]
+    assert divided["reward_total"] == pytest.approx(plain["reward_total"] / 9)
     bad = run("bad", *short, "--bad_length", "800")[0]      # all are unfinished
     assert bad["reward_total"] == pytest.approx(-.05 * 9) and bad["reward"] == pytest.approx(plain["reward"])
     sft = load_file(f"{world}/sft/model.safetensors")
@@ -1575,7 +1596,9 @@ def test_a_world_is_a_function_of_its_seed(world, tmp_path):
 def cuda(monkeypatch):
     if not HAS_CUDA:
         pytest.skip("no CUDA device")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES") if VISIBLE is None else monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if VISIBLE is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
 
 
 def test_a_few_steps_on_cuda(cuda, world, tmp_path):
@@ -1614,11 +1637,13 @@ def published(name):
     with open(f"{ALPACA}/published.json") as f, open(f"{ALPACA}/instruction_difficulty.json") as g:
         truth, difficulty = json.load(f)[name], json.load(g)
     columns = lambda rows, p: [[r[c] for r in rows] for c in (p, "len_1", "len_2")]
-    return columns(rows, "preference"), difficulty, [(*columns(r, "preference_surrogate"), difficulty) for r in gamed.values()], truth
+    return columns(rows, "preference"), difficulty, [(*columns(r, "preference_surrogate"), difficulty) for r
+                                                     in gamed.values()], truth
 
 
 @needs_alpaca
-@pytest.mark.parametrize("name", ["FuseChat-Llama-3.2-3B-Instruct", "claude-2.1", "vicuna-7b-v1.5", "gpt4_0613_concise"])
+@pytest.mark.parametrize("name", ["FuseChat-Llama-3.2-3B-Instruct", "claude-2.1", "vicuna-7b-v1.5",
+                                  "gpt4_0613_concise"])
 def test_published_figures(name):
     (y, a, b), difficulty, gamed, truth = published(name)
     for key, value in E.win_rate(y).items():
@@ -1638,12 +1663,14 @@ def test_published_figures(name):
 def test_annotations_alone(tmp_path):
     names = ["claude-2.1", "vicuna-7b-v1.5"]
     files = [f"{ALPACA}/annotations/{n}.jsonl.gz" for n in names]
-    cmd = [sys.executable, f"{HERE}/evaluate.py", "--annotations", *files, "--difficulty", f"{ALPACA}/instruction_difficulty.json",
+    cmd = [sys.executable, f"{HERE}/evaluate.py", "--annotations", *files, "--difficulty",
+           f"{ALPACA}/instruction_difficulty.json",
            "--gamed", f"{ALPACA}/gamed_baseline_surrogate.jsonl.gz", "--out", str(tmp_path)]
     out = subprocess.run(cmd, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     table = [line.split(",") for line in (tmp_path / "leaderboard.csv").read_text().splitlines()]
-    assert [row[0] for row in table] == ["", *names] and table[0][1] == "win_rate" and table[0][10] == "length_controlled_winrate"
+    assert [row[0] for row in table] == ["", *names]
+    assert table[0][1] == "win_rate" and table[0][10] == "length_controlled_winrate"
     for name, row in zip(names, table[1:]):
         truth = published(name)[3]
         assert float(row[1]) == pytest.approx(truth["win_rate"], abs=1e-6) and int(row[9]) == truth["avg_length"]
@@ -1686,12 +1713,16 @@ def test_length_controlled_by_hand():
 
 def test_length_controlled_degenerate():
     raw = E.win_rate([2, 1, 1.2])
-    same = E.length_controlled_win_rate([2, 1, 1.2], [5, 7, 9], [6, 8, 10])                # std(D) = 0: nothing to control
-    assert same == {"length_controlled_winrate": raw["win_rate"], "lc_standard_error": pytest.approx(raw["standard_error"])}
-    assert E.length_controlled_win_rate([2, 2, 2], [1, 5, 2], [3, 1, 9]) == {"length_controlled_winrate": 100, "lc_standard_error": 0}
+    # std(D) = 0: nothing to control
+    same = E.length_controlled_win_rate([2, 1, 1.2], [5, 7, 9], [6, 8, 10])
+    assert same["length_controlled_winrate"] == raw["win_rate"]
+    assert same["lc_standard_error"] == pytest.approx(raw["standard_error"])
+    one = E.length_controlled_win_rate([2, 2, 2], [1, 5, 2], [3, 1, 9])                      # one outcome throughout
+    assert one == {"length_controlled_winrate": 100, "lc_standard_error": 0}
     one = E.length_controlled_win_rate([1.3], [5], [9])
     assert one["length_controlled_winrate"] == pytest.approx(30) and math.isnan(one["lc_standard_error"])
-    separable = E.length_controlled_win_rate([2, 2, 1, 1], [1, 2, 9, 8], [5, 5, 5, 5])     # the longer answer always wins
+    # the longer answer always wins
+    separable = E.length_controlled_win_rate([2, 2, 1, 1], [1, 2, 9, 8], [5, 5, 5, 5])
     assert all(map(math.isnan, separable.values()))
 
 
@@ -1707,7 +1738,8 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, trouble=lambda n, text: None, logprobs=True):
-        self.trouble, self.logprobs, self.lock, self.requests, self.served, self.keys = trouble, logprobs, threading.Lock(), 0, [], set()
+        self.trouble, self.logprobs, self.lock = trouble, logprobs, threading.Lock()
+        self.requests, self.served, self.keys = 0, [], set()
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
@@ -1728,7 +1760,8 @@ class Handler(BaseHTTPRequestHandler):
         reply = "I cannot compare these." if trouble == "refuse" else "A" if a > b else "B"
         choice = {"message": {"role": "assistant", "content": reply}}
         if s.logprobs and "logprobs" in body:
-            top = [{"token": "A", "logprob": math.log(.8 if a > b else .3)}, {"token": " B", "logprob": math.log(.2 if a > b else .6)}]
+            top = [{"token": "A", "logprob": math.log(.8 if a > b else .3)},
+                   {"token": " B", "logprob": math.log(.2 if a > b else .6)}]
             choice["logprobs"] = {"content": [{"token": reply, "logprob": -1, "top_logprobs": top}]}
         payload, status = json.dumps({"choices": [choice]}).encode(), trouble if isinstance(trouble, int) else 200
         if trouble == "slow":
@@ -1754,11 +1787,13 @@ class Handler(BaseHTTPRequestHandler):
 def config(tmp_path, **kw):
     """Two files of outputs: no model is needed to test judges."""
     n = kw.pop("n", 20)
-    rows = [[{"instruction": f"prompt {i}", "output": "x" * (i % 4 + 1) + text, "generator": text, "dataset": "d"} for i in range(n)]
+    rows = [[{"instruction": f"prompt {i}", "output": "x" * (i % 4 + 1) + text, "generator": text, "dataset": "d"}
+             for i in range(n)]
             for text in ("base", "xpolicy")]
     for name, r in zip(("base", "policy"), rows):
         (tmp_path / f"{name}.json").write_text(json.dumps(r))
-    return E.Config(**{"model": [f"{tmp_path}/policy.json"], "baseline": f"{tmp_path}/base.json", "data": f"{tmp_path}/base.json",
+    return E.Config(**{"model": [f"{tmp_path}/policy.json"], "baseline": f"{tmp_path}/base.json",
+                       "data": f"{tmp_path}/base.json",
                        "judge": "some-judge", "out": f"{tmp_path}/out", "show": 0, **kw})
 
 
@@ -1773,7 +1808,8 @@ def test_endpoint_both_orders_and_label_probabilities(tmp_path):
     # the policy has one x more: as B it gets .6/.9, as A .8
     assert [r["preference"] for r in rows] == pytest.approx([1 + (2 / 3 + .8) / 2] * 4)
     assert server.requests == 8 and len(set(server.served)) == 8
-    assert set(rows[0]) == {"instruction", "output_1", "generator_1", "output_2", "generator_2", "preference", "annotator"}
+    assert set(rows[0]) == {"instruction", "output_1", "generator_1", "output_2", "generator_2", "preference",
+                            "annotator"}
     assert (rows[0]["generator_1"], rows[0]["generator_2"]) == ("base", "policy")
 
 
@@ -1781,7 +1817,8 @@ def test_endpoint_without_logprobs_refused_parameters_and_refusals(tmp_path):
     server = Server(logprobs=False, trouble=lambda n, text: "refuse" if "prompt 2\n" in text else None)
     E.main(config(tmp_path, api_base=server.url, n=4))
     assert [r["preference"] for r in json.load(open(tmp_path / "out/annotations.json"))] == [2, 2, None, 2]
-    assert len(lines(tmp_path / "out/judgements.jsonl")) == 3 and json.load(open(tmp_path / "out/summary.json"))["failed"] == 1
+    assert len(lines(tmp_path / "out/judgements.jsonl")) == 3
+    assert json.load(open(tmp_path / "out/summary.json"))["failed"] == 1
     assert server.requests == 6 + 3                              # a refusal is tried three times, then left out
     server.trouble = lambda n, text: None
     E.main(config(tmp_path, api_base=server.url, n=4))           # not finished, so the same command goes on: one pair
@@ -1825,7 +1862,8 @@ def test_a_key_is_hidden_before_the_text_is_cut(tmp_path, capsys, monkeypatch):
         payload = said if reply == 401 else json.dumps({"choices": [{"message": {"content": said}}]})
         monkeypatch.setattr(Handler, "do_POST", lambda self: (
             self.rfile.read(int(self.headers["Content-Length"])), self.send_response(reply if reply == 401 else 200),
-            self.send_header("Content-Length", str(len(payload))), self.end_headers(), self.wfile.write(payload.encode())))
+            self.send_header("Content-Length", str(len(payload))), self.end_headers(),
+            self.wfile.write(payload.encode())))
         with pytest.raises(SystemExit):
             E.main(config(tmp_path, api_base=Server().url, tries=1, n=1, out=f"{tmp_path}/{pad}"))
         out = capsys.readouterr()
@@ -1853,8 +1891,10 @@ def test_identical_outputs_are_a_draw_without_a_call(tmp_path):
     assert [r["preference"] for r in json.load(open(tmp_path / "out/annotations.json"))] == [1.5] * 3
 
 
-@pytest.mark.parametrize("text,label", [("A", "A"), (" B.", "B"), ("**A**", "A"), ("Answer: B", "B"), ("The better answer is A.", "A"),
-                                        ("B\nbecause", "B"), ("A good question", None), ("I can't say", None), ("", None), ("AB", None)])
+@pytest.mark.parametrize("text,label", [("A", "A"), (" B.", "B"), ("**A**", "A"), ("Answer: B", "B"),
+                                        ("The better answer is A.", "A"),
+                                        ("B\nbecause", "B"), ("A good question", None), ("I can't say", None),
+                                        ("", None), ("AB", None)])
 def test_reading_a_verdict(text, label):
     choice = {"message": {"content": text}, "logprobs": None}
     if label:
@@ -1896,15 +1936,21 @@ def test_bad_input(tmp_path, capsys):
     (tmp_path / "two.json").write_text(json.dumps(outputs + [outputs[0] | {"output": "another"}]))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/metrics.jsonl").write_text("")
-    for change, word in ((dict(judge="nowhere.py:f"), "nowhere.py"), (dict(), "no scores"), (dict(model=[f"{tmp_path}/nowhere"]), "nowhere"),
-                         (dict(model=["nowhere.json"]), "nowhere.json"), (dict(annotations=[f"{tmp_path}/bad.json"]), "row 1"),
+    for change, word in ((dict(judge="nowhere.py:f"), "nowhere.py"), (dict(), "no scores"),
+                         (dict(model=[f"{tmp_path}/nowhere"]), "nowhere"),
+                         (dict(model=["nowhere.json"]), "nowhere.json"),
+                         (dict(annotations=[f"{tmp_path}/bad.json"]), "row 1"),
                          (dict(temperature=-1.0), "--temperature"), (dict(api_base="http://key@host/v1"), "--api_base"),
-                         (dict(api_base="http://host/v1?key=secret"), "--api_base"), (dict(api_base="http://["), "--api_base"),
-                         (dict(model=[cfg.model[0]] * 2), "called"), (dict(model=[cfg.baseline, f"{tmp_path}/base-baseline.json"]),
+                         (dict(api_base="http://host/v1?key=secret"), "--api_base"),
+                         (dict(api_base="http://["), "--api_base"),
+                         (dict(model=[cfg.model[0]] * 2), "called"),
+                         (dict(model=[cfg.baseline, f"{tmp_path}/base-baseline.json"]),
                          "base-baseline"), (dict(model=[f"{tmp_path}/two.json"]), "second output"),
-                         (dict(out=f"{tmp_path}/foreign"), "no evaluation"), (dict(out=f"{tmp_path}/bad.json/x"), "--out"),
+                         (dict(out=f"{tmp_path}/foreign"), "no evaluation"),
+                         (dict(out=f"{tmp_path}/bad.json/x"), "--out"),
                          (dict(judge=f"{tmp_path}/judge.py:none"), "TypeError"),
-                         (dict(difficulty=f"{tmp_path}/bad.json", annotations=[f"{tmp_path}/good.json"]), "--difficulty"),
+                         (dict(difficulty=f"{tmp_path}/bad.json", annotations=[f"{tmp_path}/good.json"]),
+                          "--difficulty"),
                          (dict(annotations=[f"{tmp_path}/nan.json"]), "len_2")):
         with pytest.raises(SystemExit) as e:
             E.main(replace(cfg, **change))
@@ -1926,8 +1972,10 @@ def tiny(tmp_path_factory):
     tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tok = PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>", eos_token="<eos>")
-    tok.chat_template = "{% for m in messages %}{{ 'user ' if m.role == 'user' else '' }}{{ m.content }}{{ ' <eos> ' }}{% endfor %}"
-    small = dict(vocab_size=len(vocab), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+    tok.chat_template = ("{% for m in messages %}{{ 'user ' if m.role == 'user' else '' }}"
+                         "{{ m.content }}{{ ' <eos> ' }}{% endfor %}")
+    small = dict(vocab_size=len(vocab), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                 num_attention_heads=2,
                  max_position_embeddings=256, eos_token_id=1, pad_token_id=1)
     torch.manual_seed(0)
     for name, kind in (("a", LlamaForCausalLM), ("b", LlamaForCausalLM), ("rm", LlamaForSequenceClassification)):
@@ -1944,14 +1992,16 @@ def tiny(tmp_path_factory):
 
 
 def evaluate_run(tiny, out, **kw):
-    cfg = E.Config(**{"model": [f"{tiny}/a"], "baseline": f"{tiny}/b", "data": f"{tiny}/prompts.jsonl", "judge": f"{tiny}/rm", "show": 0,
+    cfg = E.Config(**{"model": [f"{tiny}/a"], "baseline": f"{tiny}/b", "data": f"{tiny}/prompts.jsonl",
+                      "judge": f"{tiny}/rm", "show": 0,
                       "max_prompt_tokens": 16, "max_new_tokens": 12, "out": str(out), **kw})
     E.main(cfg)
     return json.load(open(f"{out}/annotations.json"))
 
 
 def test_end_to_end_with_a_reward_model(tiny, tmp_path):
-    reward = {"granularity": "segment", "cutoff": 2.0, "sft_model": f"{tiny}/b", "sft_fingerprint": E.fingerprint(f"{tiny}/b")}
+    reward = {"granularity": "segment", "cutoff": 2.0, "sft_model": f"{tiny}/b",
+              "sft_fingerprint": E.fingerprint(f"{tiny}/b")}
     (tiny / "rm/reward.json").write_text(json.dumps(reward))
     rows = evaluate_run(tiny, tmp_path / "one", html=True)
     for r in rows:
@@ -1973,7 +2023,8 @@ def test_greedy_is_the_same_for_any_batch_and_differs_from_sampling(tiny, tmp_pa
     runs = [evaluate_run(tiny, tmp_path / str(n), temperature=0.0, generation_batch_size=n, seed=n) for n in (1, 5, 12)]
     assert runs[0] == runs[1] == runs[2]
     (tmp_path / "same.jsonl").write_text('{"prompt": "one two"}\n' * 8)
-    greedy, sampled = (evaluate_run(tiny, tmp_path / f"same{t}", data=f"{tmp_path}/same.jsonl", temperature=t) for t in (0.0, 1.0))
+    greedy, sampled = (evaluate_run(tiny, tmp_path / f"same{t}", data=f"{tmp_path}/same.jsonl", temperature=t) for t
+                       in (0.0, 1.0))
     assert len({r["output_2"] for r in greedy}) == 1 and len({r["output_2"] for r in sampled}) > 4
 
 
@@ -1985,7 +2036,8 @@ def test_chat_model_as_judge(tiny, tmp_path):
     model, p = AutoModelForCausalLM.from_pretrained(f"{tiny}/a"), []
     r = next(r for r in rows if r["output_1"] != r["output_2"])
     for text in E.questions(r):
-        ids = tok(tok.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True),
+        ids = tok(tok.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                          add_generation_prompt=True),
                   add_special_tokens=False, return_tensors="pt").input_ids
         p.append(model(input_ids=ids).logits[0, -1, [2, 3]].softmax(-1)[1].item())     # A is 2, B is 3
     assert r["preference"] == pytest.approx(1 + (p[0] + 1 - p[1]) / 2, abs=1e-5)
@@ -1994,9 +2046,11 @@ def test_chat_model_as_judge(tiny, tmp_path):
 def test_pair_accuracy(tmp_path, capsys):
     (tmp_path / "judge.py").write_text("def score(prompt, response):\n    return len(response)\n")
     rows = [{"prompt": "p", "chosen": c, "rejected": r, "subset": s} for c, r, s in
-            (("long one", "short", "s1"), ("tiny", "much longer", "s2"), ("also longer", "no", "s2"), ("same!", "equal", "s1"))]
+            (("long one", "short", "s1"), ("tiny", "much longer", "s2"), ("also longer", "no", "s2"),
+             ("same!", "equal", "s1"))]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    E.main(E.Config(pairs=True, data=f"{tmp_path}/pairs.jsonl", judge=f"{tmp_path}/judge.py:score", out=f"{tmp_path}/out"))
+    E.main(E.Config(pairs=True, data=f"{tmp_path}/pairs.jsonl", judge=f"{tmp_path}/judge.py:score",
+                    out=f"{tmp_path}/out"))
     got = {k: (v["accuracy"], v["n"]) for k, v in json.load(open(tmp_path / "out/pairs.json")).items()}
     assert got == {"all": (62.5, 4), "chosen is longer": (100, 2), "chosen is shorter": (0, 1), "same length": (50, 1),
                    "s1": (75, 2), "s2": (50, 2)}
@@ -2004,7 +2058,8 @@ def test_pair_accuracy(tmp_path, capsys):
 
 def test_page_escapes(tmp_path):
     evil = "<script>alert('1')</script>&\ud800\"><img src=x onerror=a>"
-    rows = [{"instruction": evil, "output_1": evil, "output_2": evil, "generator_1": evil, "generator_2": evil, "preference": 1.5,
+    rows = [{"instruction": evil, "output_1": evil, "output_2": evil, "generator_1": evil, "generator_2": evil,
+             "preference": 1.5,
              "len_1": 3, "len_2": 4}]
     table, differences = E.figures({evil: rows})
     page = E.page(E.Config(judge=evil), table, differences, {evil: rows}, {(evil, 0): [(evil, 0.5)]})
@@ -2063,7 +2118,8 @@ def test_acceptance(main_job, capsys, monkeypatch):
         "scale S as bandit": (scale["bandit"], .85, 1.1), "scale S as segment": (scale["segment"], 4, 12),
         "scale S as token": (scale["token"], 20, 60),
         "PPO gold, last 3 iterations": (late, -.10, 2), "PPO KL per response": (ppo[-1]["kl"], 0, 18),
-        "PPO finished": (ppo[-1]["finished"], .97, 1), "win rate against the SFT model": (float(row["win_rate"]) / 100, .85, 1)}
+        "PPO finished": (ppo[-1]["finished"], .97, 1),
+        "win rate against the SFT model": (float(row["win_rate"]) / 100, .85, 1)}
     with capsys.disabled():
         print("\n" + "\n".join(f"{name:50} {x:7.3f}   {low} to {high}" for name, (x, low, high) in reached.items()))
     assert all(low <= x <= high for x, low, high in reached.values())

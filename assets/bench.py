@@ -16,8 +16,8 @@ medians over rounds and steps, without the first step of a process. A random Lla
     memory  extra peak memory, forward and backward, of log-probs and entropies of 4,096 tokens at V = 128,256, d = 64:
             segment.token_logprobs_and_entropy | log_softmax of all the logits at once (needs 12 GB free)
 
-TRL runs without gradient checkpointing but for ppo_default, on whole minibatches. Ours cuts a step into micro-batches of --micro_tokens
-2048, sorted by length, and gets the same gradient.
+TRL runs without gradient checkpointing but for ppo_default, on whole minibatches. Ours cuts a step into micro-batches of
+--micro_tokens 2048, sorted by length, and gets the same gradient.
 """
 import argparse
 import json
@@ -152,7 +152,8 @@ def ppo(world, ours, dtype="fp32", checkpointing=False):
         remove_columns="prompt")
     args = PPOConfig(per_device_train_batch_size=64, num_mini_batches=4, num_ppo_epochs=1, total_episodes=len(data),
                      response_length=64, temperature=1.0, local_rollout_forward_batch_size=64, learning_rate=1e-6,
-                     num_sample_generations=0, stop_token="eos", **trl_flags(world) | {"bf16": dtype == "bf16", "gradient_checkpointing": checkpointing})
+                     num_sample_generations=0, stop_token="eos",
+                     **trl_flags(world) | {"bf16": dtype == "bf16", "gradient_checkpointing": checkpointing})
     models = {name: AutoModelForCausalLM.from_pretrained(f"{world}/sft") for name in ("model", "ref_model")}
     models |= {name: AutoModelForSequenceClassification.from_pretrained(f"{world}/rm")
                for name in ("reward_model", "value_model")}
