@@ -16,8 +16,8 @@ medians over rounds and steps, without the first step of a process. A random Lla
     memory  extra peak memory, forward and backward, of log-probs and entropies of 4,096 tokens at V = 128,256, d = 64:
             segment.token_logprobs_and_entropy | log_softmax of all the logits at once (needs 12 GB free)
 
-TRL runs without gradient checkpointing but for ppo_default, on whole minibatches. Ours cuts a step into micro-batches of
---micro_tokens 2048, sorted by length, and gets the same gradient.
+TRL runs without gradient checkpointing but for ppo_default, on whole minibatches. Ours cuts a step into micro-batches
+of --micro_tokens 2048, sorted by length, and gets the same gradient.
 """
 import argparse
 import json
