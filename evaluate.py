@@ -45,7 +45,8 @@ from transformers import AutoModelForCausalLM
 
 from segment import (WORLD, LanguageModel, compute_dtype, encode_chats, encode_prompts, fail, is_finished, load_model,
                      load_pairs, load_prompts, load_tokenizer, map_rows, on_rank0, one_line, opt, prepare_world, rank,
-                     read_config, read_rows, say, segment_ends, segment_texts, sequence_score, setup, start, tokenize)
+                     read_config, read_rows, say, segment_ends, segment_texts, sequence_score, setup, start, tokenize,
+                     use_cores)
 from train_rm import (ScalarModel, fingerprint, load_function, lock, log_metrics, read_json, read_reward_json,
                       write_json, write_text)
 from train_ppo import draw_luck, generate, never_sampled, prompt_text
@@ -528,6 +529,7 @@ def answer(cfg, source, chats, side, cache, device):
     keys = [digest(settings, n, p.tolist()) for n, p in enumerate(prompts)]
     todo = sorted((n for n in range(len(chats)) if keys[n] not in cache), key=lambda n: len(prompts[n]))
     if todo:                                                     # every rank has a whole copy to decode with
+        use_cores(config)
         try:
             hf, info = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True,
                                                             trust_remote_code=False, output_loading_info=True)

@@ -50,6 +50,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequence
 
 WORLD = os.path.relpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "reviews"))
 Granularity = Literal["segment", "token", "bandit"]
+THREADS = torch.get_num_threads()                               # torch's own choice: the machine's cores
 
 
 def opt(default, help):
@@ -273,7 +274,6 @@ def setup(deterministic=False):
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         dist.init_process_group(backend, timeout=timedelta(hours=1), **alone)      # rank 0 may read or hash for long
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    # Small models lose more than they gain by a second thread; for a large one on the CPU set OMP_NUM_THREADS.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     if cuda:
         torch.cuda.set_device(device)
@@ -283,6 +283,12 @@ def setup(deterministic=False):
         torch.backends.cuda.enable_mem_efficient_sdp(False)     # flash attention and the plain one have such kernels
         torch.backends.cuda.enable_cudnn_sdp(False)
     return device
+
+
+def use_cores(config):
+    """A model worth it computes on all cores of the CPU; a small one loses more than it gains by a second thread."""
+    if "OMP_NUM_THREADS" not in os.environ and config.hidden_size >= 256:
+        torch.set_num_threads(THREADS)
 
 
 def rank():
@@ -328,6 +334,7 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
     """
     config = read_config(path, **wrap.settings)
     kind = wrap.auto_class
+    use_cores(config)
     stored = torch.float32 if train else dtype
     full = None
     if rank() == 0:
