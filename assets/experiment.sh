@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Segment, token and bandit rewards on the embedded world: the figures and tables of the README.
-#     bash assets/experiment.sh OUT [DRAWS] [JOBS]         # 5 draws, 2 jobs at a time: about an hour on 2 cores
+#     bash assets/experiment.sh OUT [DRAWS] [JOBS]         # 5 draws, 2 jobs at a time: 1.5 hours on 2 cores
 #     python assets/figures.py OUT                         # tables and pictures (needs matplotlib)
 # A draw is an SFT model, its preference pairs and three reward models. Every stage skips what is finished, so an
 # interrupted experiment goes on where it was when the command is given again.
@@ -55,5 +55,4 @@ methods() { # each method at this KL coefficient, two seeds
              "--out $w/rm-cutoff$c --seed $d --resume true > $w/rm-cutoff$c.log 2>&1;" \
              "ppo $d cutoff-$c cutoff$c 0"
     done; done
-    methods .3
 } | xargs -d '\n' -P $JOBS -I{} bash -c '{}'

@@ -19,7 +19,7 @@ from segment import (LanguageModel, encode_chats, is_finished, load_model, load_
 from train_rm import GRANULARITIES, Normalizer, ScalarModel, read_json  # noqa: E402
 
 METHODS, COLORS = ("segment", "token", "bandit"), dict(segment="tab:red", token="tab:blue", bandit="tab:gray")
-GRID = (".01", ".03", ".1", ".3")                             # those that ran are shown
+GRID = (".01", ".03", ".1")                                   # those that ran are shown
 
 
 def load(out):
@@ -76,8 +76,8 @@ def tables(runs):
     print("\n| change (to segment, KL coefficient .03) | draws | final gold, difference | KL |")
     print("| --- | --- | --- | --- |")
     for name in sorted(n for n in runs if "-kl" not in n and "oracle" not in n):
-        both = [d for d in runs[name] if d in runs["segment-kl.03"]]
-        diff = [np.subtract(*(np.mean([final("gold")(m) for m in runs[n][d]]) for n in (name, "segment-kl.03")))
+        both = [d for d in runs[name] if d in runs["segment-kl.03"]]                        # with the same PPO seeds
+        diff = [np.mean([final("gold")(a) - final("gold")(b) for a, b in zip(runs[name][d], runs["segment-kl.03"][d])])
                 for d in both]
         print(f"| {name} | {len(both)} | {np.mean(diff):+.2f} ± {np.std(diff, ddof=1) if len(diff) > 1 else 0:.2f} | "
               f"{over_draws(runs, name, final('kl'))[0]:.1f} |")
@@ -109,7 +109,7 @@ def pictures(runs, best, here):
 
     fig, ax = plt.subplots(figsize=(5, 3.6))
     for g in METHODS:
-        for kl, alpha in zip(GRID, (.25, .5, .75, 1)):
+        for kl, alpha in zip(GRID, (.33, .67, 1)):
             seeds = [m for s in runs[f"{g}-kl{kl}"].values() for m in s]
             ax.plot(np.mean([m["kl"] for m in seeds], 0), np.mean([m["gold"] for m in seeds], 0), color=COLORS[g],
                     alpha=alpha, label=f"{g}, coefficient {kl}")
