@@ -477,9 +477,10 @@ def begin(cfg, sources):
     differs = [f"--{k} was {old.get(k)!r}" for k, v in new.items() if k not in NOT_COMPARED and old.get(k) != v]
     if old and ("judge" not in old or old.get("finished") and differs):
         fail(f"{cfg.out} holds another run ({'; '.join(differs)[:300]}); give another --out")
-    foreign = ("metrics.jsonl", "leaderboard.csv", "summary.json", "annotations.json", "model", "checkpoint")
-    if found := [name for name in foreign if not old and os.path.exists(f"{cfg.out}/{name}")]:
-        fail(f"{cfg.out} holds {found[0]} but no config.json, so it is no evaluation; give another --out")
+    holds = set(os.listdir(cfg.out)) if os.path.isdir(cfg.out) else set()
+    foreign = sorted(holds & {"metrics.jsonl", "leaderboard.csv", "summary.json", "annotations.json", "model", "checkpoint"})
+    if not old and foreign and not holds & {"generations.jsonl", "judgements.jsonl"}:
+        fail(f"{cfg.out} holds {foreign[0]} but no config.json, so it is no evaluation; give another --out")
     if not old.get("finished"):
         lock(cfg.out)
         write_json(path, new)
