@@ -478,9 +478,9 @@ def begin(cfg, sources):
     if old and ("judge" not in old or old.get("finished") and differs):
         fail(f"{cfg.out} holds another run ({'; '.join(differs)[:300]}); give another --out")
     holds = set(os.listdir(cfg.out)) if os.path.isdir(cfg.out) else set()
-    foreign = sorted(holds & {"metrics.jsonl", "leaderboard.csv", "summary.json", "annotations.json", "model", "checkpoint"})
+    foreign = holds & {"metrics.jsonl", "leaderboard.csv", "summary.json", "annotations.json", "model", "checkpoint"}
     if not old and foreign and not holds & {"generations.jsonl", "judgements.jsonl"}:
-        fail(f"{cfg.out} holds {foreign[0]} but no config.json, so it is no evaluation; give another --out")
+        fail(f"{cfg.out} holds {min(foreign)} but no config.json, so it is no evaluation; give another --out")
     if not old.get("finished"):
         lock(cfg.out)
         write_json(path, new)

@@ -1,4 +1,4 @@
-"""Every chapter against an independent reference:  pytest test_all.py      (about three minutes on two CPU cores)
+"""Every chapter against an independent reference:  pytest test_all.py      (about four minutes on two CPU cores)
 
 1. functions against literal loops and closed forms      6. attacks: odd data, numbers, tokenizers; faults, evil files
 2. chat encoding                                         7. the recipes of config/
@@ -1074,8 +1074,8 @@ def test_oracle_rewards_take_the_place_of_a_reward_model(world, tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 ODD = ["<eos>", "<bos>", "<system>", "<assistant>\n", "<user>", "<|im_end|>", "<|eot_id|>", "{{ x }}", "{% raw %}",
        "../../etc",
-       "\0", "\ud800", "\u202e", "\ufeff", "\u200b", "\u2028", "e\u0301", "👩‍👩‍👧", "𝔘", "ﷺ", "\r\n", "\t", "null",
-       "phone", "good."]
+       "\0", "\ud800", "\u202e", "\ufeff", "\u200b", "\u2028", "e\u0301", "👩‍👩‍👧", "𝔘", "ﷺ", "\r\n", "\t",
+       "null", "phone", "good."]
 
 
 def odd_text(rng):
