@@ -121,8 +121,8 @@ def truth(out, here):
     """Boundaries and segment rewards against the world's truth on the first draws' held-out pairs."""
     import matplotlib.pyplot as plt
     device, cutoffs = setup(), (.25, .5, .75, 1., 1.5, 2., 2.5, 3., 3.5)
-    f1, correlation, fig = [], defaultdict(list), plt.figure(figsize=(10, 3.4))
-    left, right = fig.subplots(1, 2)
+    f1, correlation, fig = [], defaultdict(list), plt.figure(figsize=(13, 3.4))
+    left, middle, right = fig.subplots(1, 3)
     for d, w in enumerate(sorted(glob.glob(f"{out}/draw[0-9]"))):
         tokenizer, stops = load_tokenizer(f"{w}/sft")
         chats = [(p, c, where) for p, *both, where in load_pairs(f"{w}/pairs_test.jsonl") for c in both]
@@ -153,6 +153,10 @@ def truth(out, here):
                 for k, style in ((0, "-"), (1, "--"), (-1, "--")):
                     left.plot(grid, fit.mean(grid) + k * fit.std(grid), "r" + style, lw=1.2)
                 left.set(title="segment rewards by location, fitted mean ± std", xlabel="p = i/n")
+                worth = sorted(set(gold[both].tolist()))
+                middle.boxplot([values[both][gold[both] == v] for v in worth], positions=worth, showfliers=False)
+                middle.set(title="segment rewards by the clause's gold value", xlabel="gold value of the clause")
+                middle.set_xticks(range(-5, 3), range(-5, 3))
     right.plot(cutoffs, np.mean(f1, 0), "o-", color="tab:red")
     right.set(title="segment boundaries against true clause ends: F1", xlabel="cutoff (nats)", ylim=(0, 1.02))
     fig.tight_layout(), fig.savefig(f"{here}/truth.png", dpi=110)
