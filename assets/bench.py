@@ -1,7 +1,7 @@
 """How fast is this, next to what you would pick instead? Same machine, shapes, data and precision, taking turns.
 
     pip install trl==1.12.0 accelerate && python assets/bench.py          # about 15 minutes of one CPU core
-    python assets/bench.py --only rm --rounds 1              # or decode, ppo, ppo_ragged, ppo_bf16, ppo_default, memory
+    python assets/bench.py --only rm --rounds 1                    # or decode, ppo, ppo_ragged, ppo_bf16, memory
 
 Ours and theirs run in turn, in processes of their own, so that whatever else the machine does hits both; the table has
 medians over rounds and steps, without the first step of a process. A random Llama of 4 layers, d = 256, V = 1024, fp32:
@@ -11,13 +11,12 @@ medians over rounds and steps, without the first step of a process. A random Lla
             100, sigma 0.7, at most 512 tokens with the prompt): train_rm.py | TRL's RewardTrainer on the same pairs
     ppo     real tokens/s of one iteration, from sampling to the last optimizer step: 64 rollouts x (64 prompt + 64
             response tokens), one epoch of 4 minibatches: train_ppo.py | TRL's PPOTrainer (1.12 is the last with one);
-            ppo_ragged: responses stop, geometric lengths, mean 28, at most 64; ppo_bf16: both in bf16; ppo_default:
-            ours with --dtype bf16 | TRL as it comes, in bf16 with gradient checkpointing
+            ppo_ragged: responses stop, geometric lengths, mean 28, at most 64; ppo_bf16: both in bf16, TRL's default
     memory  extra peak memory, forward and backward, of log-probs and entropies of 4,096 tokens at V = 128,256, d = 64:
             segment.token_logprobs_and_entropy | log_softmax of all the logits at once (needs 12 GB free)
 
-TRL runs without gradient checkpointing but for ppo_default, on whole minibatches. Ours cuts a step into micro-batches
-of --micro_tokens 2048, sorted by length, and gets the same gradient.
+TRL's RewardTrainer runs without gradient checkpointing (its PPOTrainer never uses it), both on whole minibatches. Ours
+cuts a step into micro-batches of --micro_tokens 2048, sorted by length, and gets the same gradient.
 """
 import argparse
 import json
@@ -137,7 +136,7 @@ def rm(world, ours):
     return [(b - a) / (t - s) for a, b, s, t in zip(tokens, tokens[1:], TIMES, TIMES[1:])]
 
 
-def ppo(world, ours, dtype="fp32", checkpointing=False):
+def ppo(world, ours, dtype="fp32"):
     if ours:
         train_ppo.main(train_ppo.Config(
             model=f"{world}/sft", reward_model=f"{world}/rm", data=f"{world}/prompts.jsonl", micro_tokens=2048,
@@ -152,8 +151,7 @@ def ppo(world, ours, dtype="fp32", checkpointing=False):
         remove_columns="prompt")
     args = PPOConfig(per_device_train_batch_size=64, num_mini_batches=4, num_ppo_epochs=1, total_episodes=len(data),
                      response_length=64, temperature=1.0, local_rollout_forward_batch_size=64, learning_rate=1e-6,
-                     num_sample_generations=0, stop_token="eos",
-                     **trl_flags(world) | {"bf16": dtype == "bf16", "gradient_checkpointing": checkpointing})
+                     num_sample_generations=0, stop_token="eos", **trl_flags(world) | {"bf16": dtype == "bf16"})
     models = {name: AutoModelForCausalLM.from_pretrained(f"{world}/sft") for name in ("model", "ref_model")}
     models |= {name: AutoModelForSequenceClassification.from_pretrained(f"{world}/rm")
                for name in ("reward_model", "value_model")}
@@ -180,7 +178,6 @@ def memory(world, ours):
 BENCHES = {"decode": (decode, "tokens/s", "Hugging Face generate"), "rm": (rm, "tokens/s", "TRL RewardTrainer"),
            "ppo": (ppo, "tokens/s", "TRL PPOTrainer"), "ppo_ragged": (ppo, "tokens/s", "TRL PPOTrainer"),
            "ppo_bf16": (partial(ppo, dtype="bf16"), "tokens/s", "TRL PPOTrainer"),
-           "ppo_default": (partial(ppo, dtype="bf16", checkpointing=True), "tokens/s", "TRL PPOTrainer"),
            "memory": (memory, "MiB extra", "all logits at once")}
 
 
