@@ -547,7 +547,9 @@ def answer(cfg, source, chats, side, cache, device):
         if mine:
             luck = draw_luck([(cfg.seed, 3, side, block[i]) for i in mine], R)                       # (b, R)
             ids = [prompts[block[i]] for i in mine]
-            tokens[mine], _, lengths[mine] = generate(hf, ids, stops, R, luck, cfg.temperature, banned)
+            tokens[mine], logps, lengths[mine] = generate(hf, ids, stops, R, luck, cfg.temperature, banned)
+            if not logps.isfinite().all():
+                fail(f"{source}: its logits are not finite; the weights are broken, or try --dtype fp32", alone=True)
         dist.all_reduce(tokens)
         dist.all_reduce(lengths)
         for n, t, length in zip(block, tokens.tolist(), lengths.tolist()):

@@ -913,7 +913,7 @@ BAD_RUNS = [  # changed flags of a good run (# is the test's folder), words of t
     ("rm", "--data #no.jsonl", "no.jsonl"), ("rm", "--data #few.jsonl", "few.jsonl"),
     ("rm", "--data #same.jsonl", "same.jsonl"), ("rm", "--eval_data #same.jsonl", "same.jsonl"),
     ("rm", "--eval_data #no.jsonl", "no.jsonl"), ("rm", "--model #no_model", "no_model"),
-    ("rm", "--model #no_template", "chat template"), ("rm", "--model #torn", "torn"),
+    ("rm", "--model #no_template", "chat template"), ("rm", "--model #torn", "torn"), ("rm", "--model #nan", "not finite"),
     ("rm", "--max_tokens 4096", "--max_tokens"), ("rm", "--max_prompt_tokens 256", "--max_prompt_tokens"),
     ("rm", f"--oracle {WORLD_PY}:clause_values", "--oracle"),
     ("rm", "--calibrate_only true --reward_model #no_rm", "no_rm"),
@@ -935,7 +935,7 @@ def bad_inputs(world, runs, tmp_path_factory):
     top, rm = str(tmp_path_factory.mktemp("bad")), runs["rm"].result() + "/model"
     for name in ("foreign", "bare", "other", "damaged", "lone"):
         shutil.copytree(rm, f"{top}/{name}")
-    for name in ("no_template", "torn"):
+    for name in ("no_template", "torn", "nan"):
         shutil.copytree(f"{world}/sft", f"{top}/{name}")
     tokenizer = AutoTokenizer.from_pretrained(rm)
     tokenizer.add_tokens(["gadget"])
@@ -946,6 +946,9 @@ def bad_inputs(world, runs, tmp_path_factory):
     reward = json.load(open(f"{rm}/reward.json"))
     write(f"{top}/other/reward.json", json.dumps(reward | {"sft_fingerprint": "0" * 32}))
     write(f"{top}/damaged/reward.json", "{}")
+    state = load_file(f"{world}/sft/model.safetensors")
+    state["model.norm.weight"][0] = math.nan
+    save_file(state, f"{top}/nan/model.safetensors", {"format": "pt"})
     write(f"{top}/torn/model.safetensors", open(f"{top}/torn/model.safetensors", "rb").read()[:5000])
     write(f"{top}/few.jsonl", [PAIR] * 5)
     write(f"{top}/same.jsonl", [{**PAIR, "rejected": PAIR["chosen"]}])
