@@ -1857,20 +1857,20 @@ def test_endpoint_that_never_works(tmp_path, capsys, monkeypatch):
 
 
 def test_a_key_is_hidden_before_the_text_is_cut(tmp_path, capsys, monkeypatch):
-    """The server gives the key back, across the place where long messages are cut, or escaped."""
+    """The server gives the key back, across the place where long messages are cut."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-" + "0123456789" * 4)
     key = os.environ["OPENAI_API_KEY"]
-    for pad, reply in ((165, 401), (30, 401), (40, "A" * 30), (0, "")):
-        said = "x" * pad + key + "y" * 99
-        payload = said if reply == 401 else json.dumps({"choices": [{"message": {"content": said}}]})
+    for n, status in ((165, 401), (30, 401), (40, 200), (0, 200)):
+        said = "x" * n + key + "y" * 99
+        payload = said if status == 401 else json.dumps({"choices": [{"message": {"content": said}}]})
         monkeypatch.setattr(Handler, "do_POST", lambda self: (
-            self.rfile.read(int(self.headers["Content-Length"])), self.send_response(reply if reply == 401 else 200),
+            self.rfile.read(int(self.headers["Content-Length"])), self.send_response(status),
             self.send_header("Content-Length", str(len(payload))), self.end_headers(),
             self.wfile.write(payload.encode())))
         with pytest.raises(SystemExit):
-            E.main(config(tmp_path, api_base=Server().url, tries=1, n=1, out=f"{tmp_path}/{pad}"))
+            E.main(config(tmp_path, api_base=Server().url, tries=1, n=1, out=f"{tmp_path}/{n}"))
         out = capsys.readouterr()
-        everything = out.out + out.err + "".join(map(repr, tree(f"{tmp_path}/{pad}").values()))
+        everything = out.out + out.err + "".join(map(repr, tree(f"{tmp_path}/{n}").values()))
         assert "sk-sec" not in everything and "***" in out.err, out.err
 
 
