@@ -43,10 +43,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from segment import (WORLD, LanguageModel, compute_dtype, encode_chats, encode_prompts, fail, is_finished, load_model,
-                     load_pairs, load_prompts, load_tokenizer, map_rows, on_rank0, one_line, opt, prepare_world, rank,
-                     read_config, read_rows, say, segment_ends, segment_texts, sequence_score, setup, start, tokenize,
-                     use_cores)
+from segment import (WORLD, LanguageModel, clean, compute_dtype, encode_chats, encode_prompts, fail, is_finished,
+                     load_model, load_pairs, load_prompts, load_tokenizer, map_rows, on_rank0, one_line, opt,
+                     prepare_world, rank, read_config, read_rows, say, segment_ends, segment_texts, sequence_score,
+                     setup, start, tokenize, use_cores)
 from train_rm import (ScalarModel, fingerprint, load_function, lock, log_metrics, read_json, read_reward_json,
                       write_json, write_text)
 from train_ppo import draw_luck, generate, never_sampled, prompt_text
@@ -508,8 +508,8 @@ def read_outputs(source, chats):
     for n, row in read_rows(source):
         if not isinstance(row.get("instruction"), str) or not isinstance(row.get("output"), str):
             fail(f"{source} row {n}: needs the columns instruction and output")
-        output = row["output"].encode("utf-8", "replace").decode()
-        if given.setdefault(row["instruction"].encode("utf-8", "replace").decode(), output) != output:
+        output = clean(row["output"])
+        if given.setdefault(clean(row["instruction"]), output) != output:
             fail(f"{source} row {n}: a second output for an instruction that came before; one file for each generator")
     for n, chat in enumerate(chats, 1):
         if conversation(chat) not in given:
@@ -582,7 +582,7 @@ def read_annotations(sources, by="generator_2"):
                 elif not isinstance(row.get(f"len_{k}"), (int, float)) or not 0 <= row[f"len_{k}"] < 2 ** 63:
                     fail(f"{source} row {n}: needs output_{k} or len_{k}")
             name = next((str(row[c]) for c in (by, "generator_2") if row.get(c) is not None), name_of(source))
-            groups.setdefault(name.encode("utf-8", "replace").decode(), []).append(row)
+            groups.setdefault(clean(name), []).append(row)
     return groups
 
 
@@ -749,11 +749,10 @@ def page(cfg, table, differences, policies, segments):
                           f'{row[f"len_{k}"]} characters{score}</small><div class="text">{text}</div></section>')
             body.append(f'<article><header><div class="text">{e(row.get("instruction"))}</div><small>{n + 1}. '
                         f'{e(verdict)}</small></header><div class="sides">{sides}</div></article>')
-    return (f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>evaluation</title>
+    return clean(f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>evaluation</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>{CSS}</style></head><body><h1>{e(", ".join(table))}</h1>\n""" + "\n".join(body) + "\n</body></html>\n"
-            ).encode("utf-8", "replace").decode()
+<style>{CSS}</style></head><body><h1>{e(", ".join(table))}</h1>\n""" + "\n".join(body) + "\n</body></html>\n")
 
 
 # ============================================================================================================

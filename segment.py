@@ -249,6 +249,7 @@ def start(main, Config):
 
 
 def in_world(path):
+    """Does a file or folder belong to the embedded world?"""
     return os.path.abspath(path).startswith(os.path.abspath(WORLD) + os.sep)
 
 
@@ -509,7 +510,12 @@ def messages_of(value, where, role):
             fail(f"{where}: every message needs a role and a content that are strings")
         if m["role"] not in ("system", "user", "assistant", "tool"):
             fail(f"{where}: the role {m['role']!r} is none of system, user, assistant, tool")
-    return [{"role": m["role"], "content": m["content"].encode("utf-8", "replace").decode()} for m in value]
+    return [{"role": m["role"], "content": clean(m["content"])} for m in value]
+
+
+def clean(text):
+    """JSON can hold half of a surrogate pair, which no tokenizer or file takes: it becomes a question mark."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def load_pairs(source, limit=0):

@@ -73,6 +73,11 @@ def tables(runs):
         cells += [cell(max(over_draws(runs, n, gold_within(kl)) for n in every)) for kl in (3, 4, 6, 8)]
         kl = f" ({name.split('-kl')[1]})" if "-kl" in name else " (.03)"
         print(f"| {label}{kl} | {over_draws(runs, name, final('gold'))[2]} | " + " | ".join(cells) + " |")
+    for when, f in (("at iteration 20", lambda m: m["gold"][18:21].mean()), ("at the end", final("gold"))):
+        for a, b in (("segment-kl.03", "bandit-kl.03"), (f"segment-kl{best['segment']}", f"bandit-kl{best['bandit']}"),
+                     ("oracle-segment", "oracle-bandit")):
+            gaps = [np.mean([f(m) for m in runs[a][d]]) - np.mean([f(m) for m in runs[b][d]]) for d in runs[a]]
+            print(f"\n{a} ahead of {b} {when}: {np.mean(gaps):.2f} ({min(gaps):.2f} to {max(gaps):.2f} over draws)")
     print("\n| change (to segment, KL coefficient .03) | draws | final gold, difference | KL |")
     print("| --- | --- | --- | --- |")
     for name in sorted(n for n in runs if "-kl" not in n and "oracle" not in n):
@@ -121,7 +126,7 @@ def truth(out, here):
     """Boundaries and segment rewards against the world's truth on the first draws' held-out pairs."""
     import matplotlib.pyplot as plt
     device, cutoffs = setup(), (.25, .5, .75, 1., 1.5, 2., 2.5, 3., 3.5)
-    f1, correlation, fig = [], defaultdict(list), plt.figure(figsize=(13, 3.4))
+    f1, correlation, scale, fig = [], defaultdict(list), defaultdict(list), plt.figure(figsize=(13, 3.4))
     left, middle, right = fig.subplots(1, 3)
     for d, w in enumerate(sorted(glob.glob(f"{out}/draw[0-9]"))):
         tokenizer, stops = load_tokenizer(f"{w}/sft")
@@ -144,8 +149,9 @@ def truth(out, here):
             rm = load_model(f"{w}/rm-{g}/model", ScalarModel, device, torch.float32)
             values, both = map_rows(rm, rows, 16384, device)[0].cpu(), true & ends                    # (B, R) each
             correlation[g].append(float(torch.corrcoef(torch.stack([values[both], gold[both]]))[0, 1]))
+            saved = read_json(f"{w}/rm-{g}/model/reward.json")["statistics"][g]["location"]
+            scale[g].append(saved["scale"]["end" if g == "bandit" else "even"])
             if g == "segment" and d == 0:
-                saved = read_json(f"{w}/rm-segment/model/reward.json")["statistics"]["segment"]["location"]
                 fit = Normalizer.from_dict({k: v for k, v in saved.items() if k != "scale"})
                 where, z = segment_locations(ends)[ends], values[ends]
                 left.scatter(where, z, s=2, alpha=.1, color="tab:gray", lw=0)
@@ -161,9 +167,10 @@ def truth(out, here):
     right.set(title="segment boundaries against true clause ends: F1", xlabel="cutoff (nats)", ylim=(0, 1.02))
     fig.tight_layout(), fig.savefig(f"{here}/truth.png", dpi=110)
     print("\nboundary F1: " + ", ".join(f"{c}: {f:.3f}" for c, f in zip(cutoffs, np.mean(f1, 0))))
-    print("\n| reward model | correlation of its scalars at clause ends with the clauses' gold values |\n| --- | --- |")
+    print("\n| reward model | correlation of its scalars at clause ends with the clauses' gold values | S |")
+    print("| --- | --- | --- |")
     for g, x in correlation.items():
-        print(f"| {g} | {np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f}) |")
+        print(f"| {g} | {np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f}) | {min(scale[g]):.1f} to {max(scale[g]):.1f} |")
 
 
 if __name__ == "__main__":
