@@ -45,11 +45,11 @@ from transformers import AutoModelForCausalLM
 
 from segment import (WORLD, LanguageModel, clean, compute_dtype, encode_chats, encode_prompts, fail, is_finished,
                      load_model, load_pairs, load_prompts, load_tokenizer, map_rows, on_rank0, one_line, opt,
-                     prepare_world, rank, read_config, read_rows, say, segment_ends, segment_texts, sequence_score,
-                     setup, start, tokenize, use_cores)
-from train_rm import (ScalarModel, fingerprint, load_function, lock, log_metrics, read_json, read_reward_json,
-                      write_json, write_text)
-from train_ppo import draw_luck, generate, never_sampled, prompt_text
+                     prepare_world, rank, read_config, read_rows, read_weights, say, segment_ends, segment_texts,
+                     sequence_score, setup, start, tokenize, use_cores)
+from train_rm import (ScalarModel, already_finished, fingerprint, load_function, lock, log_metrics, read_json,
+                      read_reward_json, write_json, write_text)
+from train_ppo import never_sampled, prompt_text, sample
 
 
 def several(default, help):
@@ -243,7 +243,7 @@ def questions(pair):
 def ask_function(cfg, f, pairs):
     """The higher score wins."""
     for pair in pairs:
-        a, b = (f(prompt_text(pair["messages"]), pair[f"output_{k}"], pair["finished"][k - 1]) for k in (1, 2))
+        a, b = (f(pair["instruction"], pair[f"output_{k}"], pair["finished"][k - 1]) for k in (1, 2))
         if not math.isfinite(a + b):
             fail(f"--judge {cfg.judge}: {a} and {b} for the prompt {pair['instruction'][:60]!r} are no scores")
         yield pair, {"preference": 1.5 + ((b > a) - (b < a)) / 2, "score_1": a, "score_2": b}
@@ -269,12 +269,9 @@ def open_reward_model(cfg, path, device):
     context = read_config(path).max_position_embeddings
     model = load_model(path, ScalarModel, device, dtype)
     if saved["granularity"] == "segment":                        # the SFT model's entropies cut its segments
-        def find():
-            for source in (saved["sft_model"], cfg.baseline):
-                if os.path.exists(f"{source}/config.json") and fingerprint(source) == saved["sft_fingerprint"]:
-                    return source
-            fail(f"{path}: its segments need {saved['sft_model']}, which isn't there or has other weights by now")
-        sft = load_model(on_rank0(find), LanguageModel, device, dtype)
+        sft = load_model(saved["sft_model"], LanguageModel, device, dtype)
+        if on_rank0(fingerprint, saved["sft_model"]) != saved["sft_fingerprint"]:
+            fail(f"{path}: its segments need {saved['sft_model']}, which has other weights by now")
 
     def read(answers, texts=False):
         limit = min(cfg.max_prompt_tokens, context // 2)
@@ -333,7 +330,9 @@ def ask_endpoint(cfg, pairs):
     key = os.environ.get("OPENAI_API_KEY", "").strip()           # read here and kept nowhere
     if not re.fullmatch(r"[\x21-\x7e]*", key):
         fail("OPENAI_API_KEY holds characters that no header can carry")
+    hide = lambda text: text.replace(key, "***") if key else text         # before anything is cut
     over, lost = threading.Event(), 0                            # lost: pairs in a row that found no working endpoint
+    pool = ThreadPoolExecutor(cfg.workers)
 
     def persist(question):
         for attempt in count(1):
@@ -344,27 +343,26 @@ def ask_endpoint(cfg, pairs):
                     raise
                 over.wait(max(e.wait, min(10, 0.1 * 2 ** attempt) * random.uniform(0.5, 1)))
 
-    with ThreadPoolExecutor(cfg.workers) as pool:
-        asked = {pool.submit(lambda pair: [persist(q) for q in questions(pair)], pair): pair for pair in pairs}
-        try:
-            for done in as_completed(asked):
-                try:
-                    p, q = done.result()
-                    lost, verdict = 0, {"preference": 1 + (p + 1 - q) / 2}
-                except Failed as e:
-                    lost += e.kind == "network"
-                    verdict = {"failed": one_line(e)}
-                    if e.kind == "all" or lost >= 10:
-                        fail(f"--api_base: {verdict['failed']}; verdicts so far are kept, run the same command again")
-                yield asked[done], verdict
-        finally:
-            over.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+    asked = {pool.submit(lambda pair: [persist(q) for q in questions(pair)], pair): pair for pair in pairs}
+    try:
+        for done in as_completed(asked):
+            try:
+                p, q = done.result()
+                lost, verdict = 0, {"preference": 1 + (p + 1 - q) / 2}
+            except Failed as e:
+                lost += e.kind == "network"
+                verdict = {"failed": one_line(hide(str(e)))}
+                if e.kind == "all" or lost >= 10:
+                    fail(f"--api_base: {verdict['failed']}; verdicts so far are kept, run the same command again")
+            yield asked[done], verdict
+    finally:
+        over.set()
+        pool.shutdown(cancel_futures=True)
 
 
 def ask(cfg, key, question, logprobs=True):
-    """One request -> the probability that B is better. Failed where there is none."""
-    hide = lambda text: text.replace(key, "***") if key else text         # before anything is cut or quoted
+    """One request -> the probability that B is better. Failed where there is none, with the whole text, which may hold
+    the key: ask_endpoint hides that before it cuts the text."""
     body = {"model": cfg.judge, "messages": [{"role": "user", "content": question}], "max_tokens": 8, "temperature": 0}
     body |= {"logprobs": True, "top_logprobs": 5} if logprobs else {}
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
@@ -372,29 +370,29 @@ def ask(cfg, key, question, logprobs=True):
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
         with urllib.request.build_opener(AnyStatus).open(request, timeout=cfg.timeout) as r:
-            status, wait, text = r.status, r.headers.get("Retry-After", ""), hide(r.read().decode("utf-8", "replace"))
+            status, wait, text = r.status, r.headers.get("Retry-After", ""), r.read().decode("utf-8", "replace")
     except (OSError, http.client.HTTPException) as e:            # time-outs, refused and broken connections
-        raise Failed("network", f"no answer ({one_line(e)})")
+        raise Failed("network", f"no answer: {e or type(e).__name__}")
     if status in (400, 422) and logprobs:                        # a server that offers none may refuse to be asked
         return ask(cfg, key, question, logprobs=False)
     if status != 200:
         passing = status >= 500 or status in (408, 409, 425, 429)
         kind = "network" if passing else "all" if status in (401, 403, 404) else "pair"
         seconds = float(wait) if re.fullmatch(r"\d+(\.\d+)?", wait) else 0.0
-        raise Failed(kind, f"HTTP {status} {one_line(text)}", min(60.0, seconds))
+        raise Failed(kind, f"HTTP {status} {text}", min(60.0, seconds))
     try:
-        return read_verdict(json.loads(text)["choices"][0], hide)
+        return read_verdict(json.loads(text)["choices"][0])
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-        raise Failed("network", f"not a chat completion: {text[:80]!r}")
+        raise Failed("network", f"not a chat completion: {text}")
 
 
-def read_verdict(choice, hide=str):
+def read_verdict(choice):
     """The reply must be a bare label; how sure the judge was of it is in the log-probabilities, if there are any."""
-    text = hide(choice["message"]["content"] or choice["message"].get("refusal") or "")
+    text = choice["message"]["content"] or choice["message"].get("refusal") or ""
     said = re.fullmatch(r"\W*(?:(?i:the )?(?i:better )?(?i:answer|response|output)\W+(?:(?i:is)\W+)?)?([AB])\W*",
                         text.strip().partition("\n")[0])
     if not said:
-        raise Failed("reply", f"no verdict in {text[:60]!r}")
+        raise Failed("reply", f"no verdict in: {text}")
     for token in (choice.get("logprobs") or {}).get("content") or ():
         if token["token"].strip() == said[1]:
             p = Counter()
@@ -414,16 +412,14 @@ def digest(*parts):
 
 def content_id(source):
     """A hash of what a file, a file.py:function or a model holds."""
-    path, weights = source.rpartition(":")[0] if FUNCTION.search(source) else source, ""
-    if not os.path.isfile(path):
-        if FILE.search(path):
-            fail(f"{path}: no such file")
-        read_config(path)                                        # says it best if there is no model at all
-        weights, path = fingerprint(path), f"{path}/reward.json"
-        if not os.path.isfile(path):
-            return weights
-    with open(path, "rb") as f:
-        return weights + hashlib.blake2b(f.read(), digest_size=16).hexdigest()
+    path = source.rpartition(":")[0] if FUNCTION.search(source) else source
+    if os.path.isfile(path):
+        with open(path, "rb") as f:
+            return hashlib.blake2b(f.read(), digest_size=16).hexdigest()
+    if FILE.search(path):
+        fail(f"{path}: no such file")
+    read_config(path)                                            # says it best if there is no model at all
+    return fingerprint(path)
 
 
 def is_reward_model(path):
@@ -444,8 +440,8 @@ class Cache(dict):
 
     @staticmethod
     def read(path):
-        text, rows = open(path, encoding="utf-8", errors="replace").read() if os.path.exists(path) else "", {}
-        for line in text.split("\n"):
+        rows, line = {}, "\n"
+        for line in open(path, encoding="utf-8", errors="replace") if os.path.exists(path) else ():
             try:
                 row = json.loads(line)
                 assert isinstance(row["finished"], bool) and isinstance(row["output"], str) if "output" in row else \
@@ -453,7 +449,7 @@ class Cache(dict):
                 rows[row.pop("key")] = row
             except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
                 pass
-        if text and text[-1] != "\n":
+        if line[-1] != "\n":
             with open(path, "a", encoding="utf-8") as f:
                 f.write("\n")
         return rows
@@ -470,32 +466,20 @@ NOT_COMPARED = ("out", "api_base", "workers", "timeout", "tries", "micro_tokens"
 
 
 def begin(cfg, sources):
-    """True if OUT holds this very evaluation, finished. Another finished one, or another script's run, is never
-    touched: exit code 2. An unfinished one goes on from its caches."""
-    path, new = f"{cfg.out}/config.json", asdict(cfg) | {"sources": sources}
-    old = read_json(path) if os.path.exists(path) else {}
-    differs = [f"--{k} was {old.get(k)!r}" for k, v in new.items() if k not in NOT_COMPARED and old.get(k) != v]
-    if old and ("judge" not in old or old.get("finished") and differs):
-        fail(f"{cfg.out} holds another run ({'; '.join(differs)[:300]}); give another --out")
-    holds = set(os.listdir(cfg.out)) if os.path.isdir(cfg.out) else set()
-    foreign = holds & {"metrics.jsonl", "leaderboard.csv", "summary.json", "annotations.json", "model", "checkpoint"}
-    if not old and foreign and not holds & {"generations.jsonl", "judgements.jsonl"}:
-        fail(f"{cfg.out} holds {min(foreign)} but no config.json, so it is no evaluation; give another --out")
-    if not old.get("finished"):
-        lock(cfg.out)
-        write_json(path, new)
-    return bool(old.get("finished"))
+    """True if OUT holds this very evaluation, finished. An unfinished one goes on from its caches, also with another
+    judge. For rank 0."""
+    path = f"{cfg.out}/config.json"
+    unfinished = os.path.exists(path) and "judge" in (old := read_json(path)) and not old.get("finished")
+    if not unfinished and already_finished(cfg, NOT_COMPARED, sources=sources):
+        return True
+    lock(cfg.out)
+    write_json(path, asdict(cfg) | {"sources": sources})
+    return False
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Plumbing. Answers: generated, or read from a file
 # ------------------------------------------------------------------------------------------------------------
-def conversation(messages):
-    """What people and judges read: the prompt, or all turns with their roles."""
-    turns = [f"{m['role']}: {m['content']}" for m in messages]
-    return messages[0]["content"] if len(turns) == 1 else "\n\n".join(turns)
-
-
 def name_of(source):
     """out/ppo/model -> ppo; results/claude.json -> claude"""
     name = FILE.sub("", os.path.basename(source.rstrip("/").removesuffix("/model")))
@@ -512,16 +496,16 @@ def read_outputs(source, chats):
         if given.setdefault(clean(row["instruction"]), output) != output:
             fail(f"{source} row {n}: a second output for an instruction that came before; one file for each generator")
     for n, chat in enumerate(chats, 1):
-        if conversation(chat) not in given:
-            fail(f"{source}: no output for prompt {n}, {conversation(chat)[:60]!r}")
-    return [(given[conversation(chat)], True) for chat in chats]
+        if prompt_text(chat) not in given:
+            fail(f"{source}: no output for prompt {n}, {prompt_text(chat)[:60]!r}")
+    return [(given[prompt_text(chat)], True) for chat in chats]
 
 
 def answer(cfg, source, chats, side, cache, device):
     """[(text, finished)] of a model to every prompt. side (0 policies, 1 baseline) keeps their luck apart. A block is
     one batch on every rank, and then in the cache."""
     (tokenizer, stops), config = load_tokenizer(source), read_config(source)
-    R, ranks, dtype = cfg.max_new_tokens, dist.get_world_size(), compute_dtype(cfg.dtype, device)
+    R, dtype = cfg.max_new_tokens, compute_dtype(cfg.dtype, device)
     if cfg.max_prompt_tokens + R > config.max_position_embeddings:
         fail(f"--max_prompt_tokens {cfg.max_prompt_tokens} + --max_new_tokens {R}: the context of {source} is "
              f"{config.max_position_embeddings}")
@@ -531,27 +515,15 @@ def answer(cfg, source, chats, side, cache, device):
     todo = sorted((n for n in range(len(chats)) if keys[n] not in cache), key=lambda n: len(prompts[n]))
     if todo:                                                     # every rank has a whole copy to decode with
         use_cores(config)
-        try:
-            hf, info = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True,
-                                                            trust_remote_code=False, output_loading_info=True)
-        except Exception as e:
-            fail(f"{source}: the weights cannot be read ({one_line(e)})")
-        if info["missing_keys"]:
-            fail(f"{source}: weights are missing from the checkpoint, among them {sorted(info['missing_keys'])[0]}")
-        hf, banned = hf.to(device).eval(), never_sampled(tokenizer, stops, config.vocab_size).to(device)
-    waves = blocks(todo, cfg.generation_batch_size * ranks)
+        hf = read_weights(AutoModelForCausalLM, source, config, dtype).to(device)
+        banned = never_sampled(tokenizer, stops, config.vocab_size).to(device)
+    waves = blocks(todo, cfg.generation_batch_size * dist.get_world_size())
     for block in tqdm(waves, source, leave=False, disable=True if rank() or not todo else None):
-        tokens = torch.zeros(len(block), R, dtype=torch.long, device=device)                         # (b, R)
-        lengths = torch.zeros(len(block), dtype=torch.long, device=device)                           # (b,)
-        mine = list(range(len(block)))[rank()::ranks]
-        if mine:
-            luck = draw_luck([(cfg.seed, 3, side, block[i]) for i in mine], R)                       # (b, R)
-            ids = [prompts[block[i]] for i in mine]
-            tokens[mine], logps, lengths[mine] = generate(hf, ids, stops, R, luck, cfg.temperature, banned)
-            if not logps.isfinite().all():
-                fail(f"{source}: its logits are not finite; the weights are broken, or try --dtype fp32", alone=True)
-        dist.all_reduce(tokens)
-        dist.all_reduce(lengths)
+        seeds = [(cfg.seed, 3, side, n) for n in block]
+        tokens, logprobs, lengths = sample(hf, [prompts[n] for n in block], stops, R, seeds, cfg.generation_batch_size,
+                                           cfg.temperature, banned)                        # (b, R), (b, R), (b,)
+        if not logprobs.isfinite().all():
+            fail(f"{source}: its logits are not finite; the weights are broken, or try --dtype fp32")
         for n, t, length in zip(block, tokens.tolist(), lengths.tolist()):
             cache.add(keys[n], {"output": tokenizer.decode(t[:length], skip_special_tokens=True),
                                 "finished": t[length - 1] in stops.tolist()})
@@ -574,22 +546,20 @@ def read_annotations(sources, by="generator_2"):
             if p is not None and not (isinstance(p, (int, float)) and (p == 0 or 1 <= p <= 2 or p != p)):
                 fail(f"{source} row {n}: preference must be in [1, 2] or null; here it is {p!r}")
             row = row | {"preference": p}
-            if not isinstance(row.get("instruction", ""), (str, type(None))):
-                fail(f"{source} row {n}: the instruction is no text")
             for k in "12":
                 if isinstance(row.get(f"output_{k}"), str):
                     row[f"len_{k}"] = len(row[f"output_{k}"])
                 elif not isinstance(row.get(f"len_{k}"), (int, float)) or not 0 <= row[f"len_{k}"] < 2 ** 63:
                     fail(f"{source} row {n}: needs output_{k} or len_{k}")
-            name = next((str(row[c]) for c in (by, "generator_2") if row.get(c) is not None), name_of(source))
-            groups.setdefault(clean(name), []).append(row)
+            name = row.get(by) or row.get("generator_2") or name_of(source)
+            groups.setdefault(clean(str(name)), []).append(row)
     return groups
 
 
 def figures(policies, difficulty=None, gamed={}):
     """{name: rows} -> {name: leaderboard row}, best first, and [paired differences between two policies]."""
     columns = lambda rows: [[r[c] for r in rows] for c in ("preference", "len_1", "len_2")]
-    variants, table, by_prompt = [(*columns(rows), difficulty) for rows in gamed.values()], {}, {}
+    variants, table, by_row = [(*columns(rows), difficulty) for rows in gamed.values()], {}, {}
     for name, rows in policies.items():
         preferences, a, b = columns(rows)
         try:
@@ -603,25 +573,23 @@ def figures(policies, difficulty=None, gamed={}):
         for k in ("score_1", "score_2"):
             if scores := [r[k] for r in rows if isinstance(r.get(k), (int, float))]:
                 table[name][k] = float(np.mean(scores))
-        prompts, seen = [r.get("instruction") or r.get("index", n) for n, r in enumerate(rows)], Counter()
-        keys = [(k, seen.update([k]) or seen[k]) for k in prompts]                          # a prompt may come twice
-        by_prompt[name] = dict(zip(keys, zip(outcomes(preferences), influence)))
+        by_row[name] = np.stack([outcomes(preferences), influence])                         # (2, n)
     table = dict(sorted(table.items(), key=lambda kv: -np.nan_to_num(kv[1]["length_controlled_winrate"], nan=-1)))
     differences = []
     for one, other in combinations(table, 2):
-        both = [by_prompt[one][k] + by_prompt[other][k] for k in by_prompt[one] if k in by_prompt[other]]
-        y, i, z, j = np.array(both, dtype=np.float64).reshape(-1, 4).T                               # (n,) each
-        d = (y - z)[~np.isnan(y - z)]
-        lc = table[one]["length_controlled_winrate"] - table[other]["length_controlled_winrate"]
-        differences.append({
-            "policy": one, "other": other, "n": len(d), "win_rate": 100 * float(d.mean()) if len(d) else math.nan,
-            "standard_error": standard_error(d), "length_controlled_winrate": lc,
-            "lc_standard_error": standard_error(i - j)})
+        prompts, others = ([r.get("instruction") for r in policies[name]] for name in (one, other))
+        if prompts == others:                                    # the same prompts in the same order: rows are pairs
+            d, influence = by_row[one] - by_row[other]                                               # (n,) each
+            d, lc = d[~np.isnan(d)], "length_controlled_winrate"
+            differences.append({
+                "policy": one, "other": other, "n": len(d), "win_rate": 100 * float(d.mean()) if len(d) else math.nan,
+                "standard_error": standard_error(d), lc: table[one][lc] - table[other][lc],
+                "lc_standard_error": standard_error(influence)})
     return table, differences
 
 
 def print_figures(table, differences):
-    wide, places = max(len("policy"), *map(len, table)), list(table)
+    wide = max(len("policy"), *map(len, table))
     rates = lambda r, sign="": (f"{r['win_rate']:{sign}6.2f} +- {r['standard_error']:.2f}   "
                                 f"{r['length_controlled_winrate']:{sign}6.2f} +- {r['lc_standard_error']:.2f}")
     say(f"\n{'policy':{wide}}    win rate      length-controlled  wins/draws/losses  characters    mean score")
@@ -631,8 +599,7 @@ def print_figures(table, differences):
             score = f"{r['score_2']:+.3f} vs {r['score_1']:+.3f}"
         say(f"{name:{wide}}  {rates(r)}       {counts:17}  {r['avg_length']} vs {r['avg_length_baseline']}   {score}")
     for d in differences:
-        if places.index(d["other"]) == places.index(d["policy"]) + 1:                       # the others: summary.json
-            say(f"{d['policy']} - {d['other']}, paired (n = {d['n']}): {rates(d, '+')}")
+        say(f"{d['policy']} - {d['other']}, paired (n = {d['n']}): {rates(d, '+')}")
     for name, r in table.items():
         if math.isnan(r["length_controlled_winrate"]):
             say(f"warning: {name}: length tells wins from losses perfectly, so no length-controlled win rate exists")
@@ -643,31 +610,29 @@ def print_figures(table, differences):
                 "extrapolates")
 
 
-def report(cfg, policies, segments, failed=()):
+def report(cfg, policies, segments):
     """Print what follows from the annotations, and write it, unless OUT holds a run that they are not part of."""
     difficulty = read_json(cfg.difficulty, list) if cfg.difficulty else None
     if cfg.difficulty and not all(isinstance(d, (int, float)) and abs(d) < 1e6 for d in difficulty):
         fail(f"--difficulty {cfg.difficulty}: must be a JSON list of numbers")
     table, differences = figures(policies, difficulty, read_annotations(cfg.gamed, by="variant"))
     print_figures(table, differences)
-    for reason, n in Counter(failed).most_common(5):
-        say(f"warning: {n} pairs could not be judged ({reason}); the same command tries them again")
     if cfg.annotations:
         if os.path.exists(f"{cfg.out}/config.json") and not read_json(f"{cfg.out}/config.json").get("annotations"):
             return say(f"{cfg.out} holds a run, so nothing is written there; --out takes another folder")
-        begin(cfg, {})
+        lock(cfg.out)
+        write_json(f"{cfg.out}/config.json", asdict(cfg))
     finite, text = json.loads(json.dumps([table, differences]), parse_constant=lambda nan: None), io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(
         [("", *LEADERBOARD), *((name, *(r[c] for c in LEADERBOARD)) for name, r in finite[0].items())])
     write_text(f"{cfg.out}/leaderboard.csv", text.getvalue())
-    write_json(f"{cfg.out}/summary.json", {"judge": "" if cfg.annotations else cfg.judge, "failed": len(failed),
-                                           "policies": finite[0], "differences": finite[1]})
+    write_json(f"{cfg.out}/summary.json", {
+        "judge": "" if cfg.annotations else cfg.judge, "policies": finite[0], "differences": finite[1],
+        "failed": sum(row["preference"] is None for rows in policies.values() for row in rows)})
     write_text(f"{cfg.out}/metrics.jsonl", "")
     for step, row in enumerate(table.values(), 1):               # step: the place in the leaderboard
         log_metrics(cfg, step, {k: v for k, v in row.items() if k != "mode"})
     if cfg.html:
-        if any(not isinstance(row.get(f"output_{k}"), str) for rows in policies.values() for row in rows for k in "12"):
-            fail("--html needs the outputs, these annotations hold only their lengths")
         write_text(f"{cfg.out}/index.html", page(cfg, table, differences, policies, segments))
     say(f"wrote {cfg.out}")
 
@@ -677,36 +642,30 @@ def pair_accuracy(cfg, pairs, preferences):
     subset = {f"{cfg.data} row {n}": row.get("subset") for n, row in read_rows(cfg.data, cfg.max_samples)}
     groups, table = {}, {}
     for pair, p in zip(pairs, preferences):
-        longer = np.sign(len(pair["output_2"]) - len(pair["output_1"]))                     # chosen against rejected
-        kinds, name = ("same length", "chosen is longer", "all", "chosen is shorter"), subset[pair["where"]]
-        own = [] if name is None else [f"subset {name}" if name in kinds else str(name)]
-        for group in ("all", kinds[longer], *own):
+        longer, name = np.sign(len(pair["output_2"]) - len(pair["output_1"])), subset[pair["where"]]     # the chosen's
+        for group in ("all", ("same length", "chosen is longer", "chosen is shorter")[longer],
+                      *([] if name is None else [f"subset {name}"])):
             if p is not None:
-                groups.setdefault(group, []).append(0.5 if p == 1.5 else float(p > 1.5))
-    for group, right in groups.items():
-        low, high = wilson(sum(right), len(right))
-        table[group] = {"accuracy": 100 * sum(right) / len(right), "low": low, "high": high, "n": len(right)}
-        say(f"{group:20} {100 * np.mean(right):6.2f} % right (95 % interval {low:.2f} to {high:.2f}), n = {len(right)}")
+                groups.setdefault(group, []).append(p)
+    for group, judged in groups.items():
+        right, n = win_rate(judged)["discrete_win_rate"], len(judged)
+        low, high = wilson(right * n / 100, n)
+        table[group] = {"accuracy": right, "low": low, "high": high, "n": n}
+        say(f"{group:20} {right:6.2f} % right (95 % interval {low:.2f} to {high:.2f}), n = {n}")
     write_json(f"{cfg.out}/pairs.json", table)
 
 
 CSS = """
-:root { color-scheme: light dark; --line: #d8d8d4; --soft: #f4f4f1; --ink: #1c1c1a; --paper: #fff; --dim: #666 }
-@media (prefers-color-scheme: dark) {
-  :root { --line: #3a3a38; --soft: #242422; --ink: #e8e8e4; --paper: #181817; --dim: #a0a09a } }
-body { margin: 0 auto; max-width: 76rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
-  background: var(--paper) }
-.wide { overflow-x: auto } table { border-collapse: collapse } tr { border-bottom: 1px solid var(--line) }
+:root { color-scheme: light dark }
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif }
+.wide { overflow-x: auto } table { border-collapse: collapse } tr { border-bottom: 1px solid #8885 }
 td, th { padding: .3rem .8rem; text-align: right; white-space: nowrap }
 td:first-child, th:first-child { text-align: left; padding-left: 0 }
-article { margin: 1.5rem 0; border: 1px solid var(--line); border-radius: .5rem; overflow: hidden }
-header { padding: .7rem 1rem; background: var(--soft) } .text { white-space: pre-wrap; overflow-wrap: anywhere }
-.sides { display: grid; grid-template-columns: 1fr 1fr } section { padding: .7rem 1rem; min-width: 0 }
-section + section { border-left: 1px solid var(--line) }
-small, sub { color: var(--dim) } .best small { font-weight: 600; color: var(--ink) }
-.text span { border-radius: .2rem; padding: .1rem 0 } sub { font-size: .65em; padding: 0 .15rem }
-@media (max-width: 44rem) { .sides { grid-template-columns: 1fr }
-  section + section { border-left: 0; border-top: 1px solid var(--line) } }
+article { margin: 1.5rem 0; border: 1px solid #8885; border-radius: .5rem; overflow: hidden }
+header { padding: .7rem 1rem; background: #8881 } .text { white-space: pre-wrap; overflow-wrap: anywhere }
+.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)) }
+section { padding: .7rem 1rem; min-width: 0; box-shadow: 0 0 0 1px #8885 } .best small { font-weight: 600 }
+.text span { border-radius: .2rem; padding: .1rem 0 } sub { font-size: .65em; padding: 0 .15rem; opacity: .7 }
 """
 
 
@@ -744,7 +703,8 @@ def page(cfg, table, differences, policies, segments):
                 f"{row.get(f'generator_{winner}')} is better, {max(y, 1 - y):.0%}"
             for k in (1, 2):
                 score = f", score {row[f'score_{k}']:+.3f}" if isinstance(row.get(f"score_{k}"), (int, float)) else ""
-                text = "".join(shade(*s) for s in segments.get((name, n), ()) if k == 2) or e(row[f"output_{k}"])
+                text = "".join(shade(*s) for s in segments.get((name, n), ()) if k == 2)
+                text = text or e(row.get(f"output_{k}", ""))
                 sides += (f'<section{" class=best" if k == winner else ""}><small>{e(row.get(f"generator_{k}"))}, '
                           f'{row[f"len_{k}"]} characters{score}</small><div class="text">{text}</div></section>')
             body.append(f'<article><header><div class="text">{e(row.get("instruction"))}</div><small>{n + 1}. '
@@ -759,9 +719,6 @@ def page(cfg, table, differences, policies, segments):
 # The run
 # ============================================================================================================
 def main(cfg):
-    for name, low in (("temperature", 0), ("workers", 1), ("tries", 1), ("timeout", .01), ("generation_batch_size", 1)):
-        if getattr(cfg, name) < low:
-            fail(f"--{name} {getattr(cfg, name)}: must be at least {low}")
     device = setup()
     if cfg.annotations:
         return on_rank0(lambda: report(cfg, read_annotations(cfg.annotations), {}))
@@ -773,13 +730,13 @@ def main(cfg):
     used = sources + [cfg.data] * os.path.isfile(cfg.data)
     finished = on_rank0(lambda: begin(cfg, {"judge": judge.id} | {s: content_id(s) for s in used}))
     if finished and (cfg.pairs or not cfg.html):
-        return say(f"{cfg.out}: already finished, nothing to do (delete the folder to run again)")
+        return
 
     # --------------------------------------------------------------------------------------------------------
     # pairs: both sides' answers to every prompt
     # --------------------------------------------------------------------------------------------------------
     def pair(messages, output_1, output_2, finished=(True, True)):
-        return {"messages": messages, "instruction": conversation(messages), "output_1": output_1, "output_2": output_2,
+        return {"messages": messages, "instruction": prompt_text(messages), "output_1": output_1, "output_2": output_2,
                 "finished": finished}
 
     if cfg.pairs:
@@ -796,16 +753,14 @@ def main(cfg):
         for name, source in zip([*names, base], sources):
             answers[name] = read_outputs(source, chats) if FILE.search(source) else \
                 answer(cfg, source, chats, int(name == base), cache, device)
-            outputs = [{"instruction": conversation(chat), "output": text, "generator": name,
+            outputs = [{"instruction": prompt_text(chat), "output": text, "generator": name,
                         "dataset": os.path.basename(cfg.data)} for chat, (text, _) in zip(chats, answers[name])]
             on_rank0(write_json, f"{cfg.out}/{name}.json", outputs)
         pairs = {name: [pair(m, b[0], a[0], (b[1], a[1])) for m, a, b in zip(chats, answers[name], answers[base])]
                  for name in names}
 
-    segments, shader = {}, cfg.reward_model
-    if not shader and not cfg.api_base and os.path.isfile(f"{cfg.judge}/reward.json"):
-        shader = cfg.judge
-    if cfg.html and shader:
+    segments, shader = {}, cfg.reward_model or ("" if cfg.api_base else cfg.judge)
+    if cfg.html and not cfg.pairs and (cfg.reward_model or os.path.isfile(f"{shader}/reward.json")):
         read = open_reward_model(cfg, shader, device)
         for name, rows in pairs.items():
             shown = read([(p["messages"], p["output_2"], p["finished"][1]) for p in rows[:100]], texts=True)[1]
@@ -822,10 +777,9 @@ def main(cfg):
             cache[row["key"]] = {"preference": 1.5}              # a draw without a call
         elif row["key"] not in cache:
             todo[row["key"]] = row
-    if judge.alone and rank() > 0:
-        return
+    verdicts = judge.verdicts(list(todo.values())) if todo and not (judge.alone and rank()) else ()
     with tqdm(total=len(todo), desc="verdicts", leave=False, disable=True if rank() or not todo else None) as bar:
-        for row, verdict in judge.verdicts(list(todo.values())) if todo else ():
+        for row, verdict in verdicts:
             if "failed" in verdict:
                 failed[row["key"]] = verdict["failed"]
             else:
@@ -852,10 +806,10 @@ def main(cfg):
         for row in policies[names[0]][:cfg.show]:
             say(f"\nuser: {row['instruction']}\n{base}: {row['output_1']}\n{names[0]}: {row['output_2']}\n"
                 f"preference: {row['preference']}")
-        report(cfg, policies, segments, [failed[row["key"]] for row in everything if row["key"] in failed])
-    if failed:
-        say(f"{len(failed)} pairs are left out")
-    else:
+        report(cfg, policies, segments)
+    for reason, n in Counter(failed.values()).most_common(5):
+        say(f"warning: {n} pairs could not be judged ({reason}); the same command tries them again")
+    if not failed:
         write_json(f"{cfg.out}/config.json", read_json(f"{cfg.out}/config.json") | {"finished": True})
 
 

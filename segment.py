@@ -20,8 +20,6 @@ Below the double ruler is the plumbing that every chapter shares: errors, severa
 Deviations from the authors' code: one vectorised segmentation instead of three loops over `.item()`; lengths are
 integers and never searched for by a pad or EOS id; special tokens typed in a message stay ordinary text.
 """
-import errno
-import functools
 import gzip
 import io
 import json
@@ -35,6 +33,7 @@ import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -42,7 +41,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
@@ -89,18 +89,12 @@ def token_logprobs_and_entropy(hidden, head_weight, targets, chunk=None):
     weight = head_weight.float()
 
     def one_chunk(h, w, t):
-        logits = h.float() @ w.T                                          # (chunk, V)
-        log_z = logits.logsumexp(-1)                                      # (chunk,)
-        logp = logits.gather(-1, t[:, None])[:, 0] - log_z                # (chunk,)
-        p = (logits - log_z[:, None]).exp()
-        return logp, log_z - (p * logits).sum(-1)                         # H = log Z - E[logit]
+        logp = (h.float() @ w.T).log_softmax(-1)                          # (chunk, V)
+        return logp.gather(-1, t[:, None])[:, 0], -(logp.exp() * logp).sum(-1)          # log p(t), H = -sum p log p
 
     parts = [checkpoint(one_chunk, h, weight, t, use_reentrant=False, preserve_rng_state=False)
              for h, t in zip(hidden.split(chunk), targets.split(chunk))]
-    if not parts:
-        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32)
-    logp, entropy = (torch.cat(x) for x in zip(*parts))
-    return logp, entropy
+    return tuple(torch.cat(x) for x in zip(*parts))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -150,11 +144,6 @@ def sequence_score(values, ends):
 # ------------------------------------------------------------------------------------------------------------
 # The language model: per response token its log-probability and the entropies around it
 # ------------------------------------------------------------------------------------------------------------
-def response_positions(prompt_lens, width, shift):
-    """(B, width) positions P + r + shift in the sequence; rows shorter than the width read harmless padding."""
-    return prompt_lens[:, None] + torch.arange(width, device=prompt_lens.device) + shift
-
-
 class LanguageModel(nn.Module):
     """A causal LM that answers what PPO asks: log pi(token), entropy before and after each response token."""
     auto_class, settings = AutoModelForCausalLM, {}
@@ -163,31 +152,28 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.hf = hf
 
-    @staticmethod
     @torch.no_grad()
-    def check(hf, path):
+    def check(self, path):
         """Logits must be hidden @ weight.T and nothing more (no bias, scale or soft-capping), as computed below."""
-        ids = torch.arange(4)[None] % hf.config.vocab_size
-        plain = hf.base_model(input_ids=ids).last_hidden_state @ hf.get_output_embeddings().weight.T
+        ids = torch.arange(4)[None] % self.hf.config.vocab_size
+        plain = self.hf.base_model(input_ids=ids).last_hidden_state @ self.hf.get_output_embeddings().weight.T
         if not plain.isfinite().all():
             fail(f"{path}: its logits are not finite; the weights are broken")
-        if not torch.allclose(hf(input_ids=ids).logits, plain, atol=5e-2, rtol=1e-2):
+        if not torch.allclose(self.hf(input_ids=ids).logits, plain, atol=5e-2, rtol=1e-2):
             fail(f"{path}: the language-model head is more than a matrix (bias, scale or soft-capping): not supported")
 
     def forward(self, ids, prompt_lens, response_lens):
         """ids: (B, T) right-padded; lens: (B,). Returns logp, entropy_before, entropy_after: (B, R), 0 on padding.
         No attention mask: causal attention never looks at what stands to the right."""
         hidden = self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state          # (B, T, d)
-        width = int(response_lens.max())
-        where = response_positions(prompt_lens, width + 1, -1).clamp(max=ids.shape[1] - 1)     # (B, R+1)
-        keep = torch.arange(width + 1, device=ids.device) <= response_lens[:, None]            # (B, R+1)
-        rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(where)[keep]       # (N,) only real tokens
-        target = ids.gather(1, (where + 1).clamp(max=ids.shape[1] - 1))                        # (B, R+1)
+        t, first = torch.arange(ids.shape[1], device=ids.device), prompt_lens[:, None] - 1     # P - 1 decides token 0
+        read = (t >= first) & (t <= first + response_lens[:, None])                            # (B, T), R + 1 in a row
         logp, entropy = token_logprobs_and_entropy(
-            hidden[rows, where[keep]], self.hf.get_output_embeddings().weight, target[keep])   # (N,), (N,)
-        grid = torch.zeros(2, *where.shape, device=ids.device)
-        logp, entropy = grid.masked_scatter(keep, torch.cat([logp, entropy]))                  # (B, R+1) each
-        mask = keep[:, 1:]                                                                     # (B, R)
+            hidden[read], self.hf.get_output_embeddings().weight, ids.roll(-1, 1)[read])       # (N,), (N,)
+        r = torch.arange(int(response_lens.max()) + 1, device=ids.device)                      # (R+1,)
+        grid = torch.zeros(2, len(ids), len(r), device=ids.device)
+        logp, entropy = grid.masked_scatter(r <= response_lens[:, None], torch.cat([logp, entropy]))     # (B, R+1) each
+        mask = r[:-1] < response_lens[:, None]                                                 # (B, R)
         return logp[:, :-1] * mask, entropy[:, :-1] * mask, entropy[:, 1:] * mask
 
 
@@ -195,11 +181,15 @@ class LanguageModel(nn.Module):
 # Plumbing. Errors and configuration
 # ============================================================================================================
 def fail(message, alone=False):
-    """The user's mistake: one line, exit code 2, no traceback. Every rank ends; rank 0 speaks, unless this one is alone
-    with its trouble."""
-    if alone or int(os.environ.get("RANK", 0)) == 0:
+    """The user's mistake: one line, exit code 2, no traceback. Rank 0 speaks for all, unless this one is alone with its
+    trouble."""
+    if alone or rank() == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+AT_LEAST_1 = ("micro_tokens batch_size rollout_batch_size generation_batch_size max_tokens epochs max_prompt_tokens "
+              "max_new_tokens ppo_epochs save_every eval_every sample_every workers tries timeout").split()
 
 
 def parse(Config, argv=None):
@@ -215,18 +205,10 @@ def parse(Config, argv=None):
     if unknown:
         fail(f"unknown flag or argument: {unknown[0]} (--help lists the flags)")
     for name, value in asdict(cfg).items():
-        if isinstance(value, (int, float)) and not abs(value) < 2 ** 63:
-            fail(f"--{name} {value}: must be a finite number below 2^63")
-        if isinstance(value, (int, float)) and value < 0 and not name.endswith("_reward"):
-            fail(f"--{name} {value}: must not be negative")
-    for name in ("micro_tokens", "batch_size", "rollout_batch_size", "generation_batch_size", "max_tokens", "epochs",
-                 "max_prompt_tokens", "max_new_tokens", "ppo_epochs", "save_every", "eval_every", "sample_every"):
-        if getattr(cfg, name, 1) < 1:
-            fail(f"--{name} {getattr(cfg, name)}: must be at least 1")
+        low = 1 if name in AT_LEAST_1 else -2 ** 63 if name.endswith("_reward") else 0
+        if isinstance(value, (int, float)) and not low <= value < 2 ** 63:
+            fail(f"--{name} {value}: must be a finite number, at least {low} and below 2^63")
     return cfg
-
-
-REFUSED = {getattr(errno, e) for e in "ENOSPC EDQUOT EFBIG EIO EROFS EACCES EPERM ENOTDIR EISDIR EEXIST".split()}
 
 
 def start(main, Config):
@@ -238,11 +220,9 @@ def start(main, Config):
     except torch.OutOfMemoryError:
         fail(f"rank {rank()}: out of GPU memory; lower --micro_tokens, then --generation_batch_size, or set "
              "--grad_checkpoint true", alone=True)
-    except OSError as e:
-        if e.errno and e.errno not in REFUSED:                  # numpy gives none when a disk is full
-            raise
-        fail(f"{e.filename or 'writing'}: {e.strerror or e}; what was saved before is untouched: mend this, then run "
-             "the same command again (training with --resume)", alone=True)
+    except OSError as e:                                        # a full disk, no permission, a folder that vanished
+        fail(f"{e.filename or 'writing'}: {e.strerror or one_line(e)}; what was saved before is untouched: mend this, "
+             "then run the same command again (training with --resume)", alone=True)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -297,17 +277,17 @@ def rank():
 
 
 def on_rank0(f, *args, **kwargs):
-    """Run f on rank 0 alone and give its result to every rank; if it fails, every rank ends."""
-    box = [None, None]
+    """Run f on rank 0 alone and give its result to every rank; if it fails with a message, every rank ends."""
+    box = [None]
     if rank() == 0:
         try:
-            box = [f(*args, **kwargs), None]
+            box = [f(*args, **kwargs)]
         except SystemExit as e:
-            box = [None, e.code]
+            box = [e]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise SystemExit(box[1])
+    if isinstance(box[0], SystemExit):
+        raise box[0]
     return box[0]
 
 
@@ -333,24 +313,15 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
     train: fp32 master weights, computed in dtype with fp32 gradient reduction; else weights in dtype without
     gradients. head_std: where the checkpoint has no scalar head, draw one with this standard deviation.
     """
-    config = read_config(path, **wrap.settings)
+    slow = device.type == "cpu" and dtype is torch.bfloat16     # fused attention takes up to twice the time there
+    config = read_config(path, **wrap.settings, attn_implementation="eager" if slow else None)
     kind = wrap.auto_class
     use_cores(config)
     stored = torch.float32 if train else dtype
     full = None
     if rank() == 0:
-        try:
-            full, info = kind.from_pretrained(path, config=config, dtype=stored, use_safetensors=True,
-                                              output_loading_info=True)
-        except Exception as e:                                  # truncated or foreign weights, not our bug
-            fail(f"{path}: the weights cannot be read ({one_line(e)})")
-        missing = set(info["missing_keys"])
-        if head_std is not None and "score.weight" in missing:
-            nn.init.normal_(full.score.weight, std=head_std, generator=torch.Generator().manual_seed(seed))
-            missing.remove("score.weight")
-        if missing:
-            fail(f"{path}: weights are missing from the checkpoint, among them {sorted(missing)[0]}")
-        wrap.check(full, path)
+        full = wrap(read_weights(kind, path, config, stored, head_std, seed))
+        full.check(path)
     with torch.device("meta"):
         model = wrap(kind.from_config(config, dtype=stored))
     if grad_checkpoint:
@@ -361,14 +332,29 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
     for block in [*layers, model]:                              # the root last: embeddings, final norm and head
         fully_shard(block, mesh=mesh, mp_policy=policy)
     model.to_empty(device=device)
-    state = {f"hf.{k}": v for k, v in full.state_dict().items()} if full else {}
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    source = {f"hf.{k}": v for k, v in full.named_buffers()} if full else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, full.state_dict() if full else {}, options=options)
     for name, buffer in model.named_buffers():                  # rotary frequencies: in no file, garbage until now
         if full:
-            buffer.copy_(source[name])
+            buffer.copy_(full.get_buffer(name))
         dist.broadcast(buffer, 0)
     return model.train().requires_grad_(train)                  # train(): gradient checkpointing only runs there
+
+
+def read_weights(kind, path, config, dtype, head_std=None, seed=0):
+    """A whole Hugging Face model on the CPU, from safetensors alone; head_std as in load_model."""
+    try:
+        hf, info = kind.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True,
+                                        trust_remote_code=False, output_loading_info=True)
+    except Exception as e:                                      # truncated or foreign weights, not our bug
+        fail(f"{path}: the weights cannot be read ({one_line(e)})")
+    missing = set(info["missing_keys"])
+    if head_std is not None and "score.weight" in missing:
+        nn.init.normal_(hf.score.weight, std=head_std, generator=torch.Generator().manual_seed(seed))
+        missing.remove("score.weight")
+    if missing:
+        fail(f"{path}: weights are missing from the checkpoint, among them {sorted(missing)[0]}")
+    return hf
 
 
 def read_config(path, **settings):
@@ -416,16 +402,14 @@ def micro_batches(lengths, budget, ranks=1):
 
 def pad(rows, device):
     """[(prompt ids, response ids)] -> ids (B, T), prompt lengths (B,), response lengths (B,)"""
-    p, r = ([len(row[k]) for row in rows] for k in (0, 1))
-    ids = np.zeros((len(rows), max(map(sum, zip(p, r)))), dtype=np.int64)          # (B, T)
-    for b, row in enumerate(rows):
-        ids[b, :p[b] + r[b]] = np.concatenate(row)
-    return torch.from_numpy(ids).to(device), torch.tensor(p, device=device), torch.tensor(r, device=device)
+    ids = pad_sequence([torch.from_numpy(np.concatenate(row)) for row in rows], batch_first=True)       # (B, T)
+    p, r = torch.tensor([[len(p), len(r)] for p, r in rows]).T
+    return ids.long().to(device), p.to(device), r.to(device)
 
 
 @torch.no_grad()
-def map_rows(forward, rows, budget, device, title=None):
-    """forward(ids, prompt_lens, response_lens) -> k tensors (b, r), over all rows: (k, B, R) on every rank.
+def map_rows(model, rows, budget, device, title=None):
+    """model(ids, prompt_lens, response_lens) -> k tensors (b, r), over all rows: (k, B, R) on every rank.
 
     The micro-batches are dealt to the ranks; each row is computed once and the sum over ranks puts them together.
     """
@@ -434,13 +418,12 @@ def map_rows(forward, rows, budget, device, title=None):
     out = None
     mine = micro_batches(lengths, budget, dist.get_world_size())[rank()::dist.get_world_size()]
     for batch in tqdm(mine, title, disable=True if title is None or rank() else None, leave=False):
-        result = torch.stack(forward(*pad([rows[i] for i in batch or [shortest]], device))).float()   # (k, b, r)
+        result = torch.stack(model(*pad([rows[i] for i in batch or [shortest]], device))).float()   # (k, b, r)
         if out is None:
             out = torch.zeros(len(result), len(rows), max(len(r) for _, r in rows), device=device)
         if batch:
             out[:, torch.tensor(batch, device=device), :result.shape[2]] = result
-    if isinstance(forward, FSDPModule):                         # no backward pass follows: without this the root's
-        forward.reshard()                                       # weights stay whole, strangers to the optimizer
+    model.reshard()        # no backward pass follows: without this the root's weights stay whole, strangers to AdamW
     dist.all_reduce(out)
     return out
 
@@ -450,14 +433,12 @@ def map_rows(forward, rows, budget, device, title=None):
 # ------------------------------------------------------------------------------------------------------------
 def read_rows(source, limit=0):
     """Yield (row number from 1, dict) of a hub id (name or name:split), .json(l)(.gz), .parquet or saved folder."""
-    count = 0
-    for count, row in enumerate(_rows(source), 1):
+    n = 0
+    for n, row in enumerate(islice(_rows(source), limit or None), 1):
         if not isinstance(row, dict):
-            fail(f"{source} row {count}: not an object with named columns")
-        yield count, row
-        if count == limit:
-            break
-    if not count:
+            fail(f"{source} row {n}: not an object with named columns")
+        yield n, row
+    if not n:
         fail(f"{source}: the data set is empty")
 
 
@@ -486,11 +467,10 @@ def _rows(source):
     line = 1
     try:
         with (gzip.open if source.endswith(".gz") else open)(source, "rt", encoding="utf-8-sig") as f:    # BOM or not
-            if f.read(1) == "[":                                 # one JSON array, the layout of alpaca_eval's files
-                f.seek(0)
-                yield from json.load(f)
-                return
+            array = f.read(1) == "["                             # one JSON array, the layout of alpaca_eval's files
             f.seek(0)
+            if array:
+                yield from json.load(f)                          # and no line is left
             for line, text in enumerate(f, 1):
                 if text.strip():
                     yield json.loads(text)
@@ -554,7 +534,7 @@ def load_prompts(source, limit=0):
         column = next((c for c in ("prompt", "instruction", "chosen") if row.get(c) is not None), None)
         if column is None:
             fail(f"{where}: no column prompt, instruction or chosen; it has {', '.join(map(str, row)) or 'none'}")
-        chat = messages_of(row[column], f"{where}, {column}", "user")
+        chat = messages_of(row[column], f"{where}, {column}", "assistant" if column == "chosen" else "user")
         if column == "chosen" and chat[-1]["role"] == "assistant":
             chat = chat[:-1]
         if not chat or chat[-1]["role"] == "assistant":
@@ -582,22 +562,17 @@ def load_tokenizer(path):
     if not stops:
         fail(f"{path}: no stop token; set eos_token_id in generation_config.json to the end-of-turn token's id")
     tokenizer.embeddings = config.vocab_size                    # some tokenizers hold a pad token that the model lacks
-    tokenizer.stops = tuple(stops)
+    special = [t.content for i, t in tokenizer.added_tokens_decoder.items()
+               if (t.special or i in stops) and len(t.content) > 1]
+    tokenizer.typed = re.compile("|".join(map(re.escape, special)) or r"(?!)")     # what `render` defuses
     return tokenizer, torch.tensor(stops)
-
-
-@functools.cache
-def special_pattern(tokenizer):
-    specials = [t.content for i, t in tokenizer.added_tokens_decoder.items()
-                if (t.special or i in tokenizer.stops) and len(t.content) > 1]
-    return re.compile("|".join(map(re.escape, specials)) or r"(?!)")
 
 
 def render(tokenizer, messages, where, **kwargs):
     """Messages -> text by the chat template. A special token typed by a person gets an invisible character after
     its first letter, so that it stays text: it must neither end a turn nor start one."""
     def defuse(text):
-        return special_pattern(tokenizer).sub(lambda s: s[0][0] + "\u200b" + s[0][1:], text)
+        return tokenizer.typed.sub(lambda s: s[0][0] + "\u200b" + s[0][1:], text)
 
     messages = [{**m, "content": defuse(m["content"])} for m in messages]
     try:
@@ -608,8 +583,8 @@ def render(tokenizer, messages, where, **kwargs):
 
 def tokenize(tokenizer, texts):
     """[texts] -> [int32 ids]; the template has put BOS and EOS where they belong"""
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    rows = [np.array(x, dtype=np.int32) for x in rows]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    rows = [np.array(x, dtype=np.int32) for x in ids]
     if (top := max((int(x.max()) for x in rows if len(x)), default=0)) >= tokenizer.embeddings:
         fail(f"token {top} ({tokenizer.convert_ids_to_tokens(top)}) is in the data, but the model has only "
              f"{tokenizer.embeddings} embeddings; resize_token_embeddings and save the model")
@@ -665,8 +640,7 @@ def encode_chats(tokenizer, stops, chats, max_tokens, max_prompt_tokens):
 
 def is_finished(rows, stops):
     """bool (B,): does the response end with a stop token?"""
-    stops = set(stops.tolist())
-    return torch.tensor([len(r) > 0 and int(r[-1]) in stops for _, r in rows])
+    return torch.isin(torch.tensor([int(r[-1]) for _, r in rows]), stops)
 
 
 def segment_texts(tokenizer, ids, ends):
@@ -680,9 +654,9 @@ def segment_texts(tokenizer, ids, ends):
 # ------------------------------------------------------------------------------------------------------------
 # The script: look at segments, choose a cutoff
 # ------------------------------------------------------------------------------------------------------------
-def paint(pieces, rewards=None):
+def paint(pieces, rewards=()):
     """Segments as one string: a background colour each on a terminal, bars elsewhere; rewards behind each."""
-    notes = [f" [{r:+.2f}]" for r in rewards] + [""] * len(pieces) if rewards is not None else [""] * len(pieces)
+    notes = [f" [{r:+.2f}]" for r in rewards] + [""] * len(pieces)
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         return "".join(f"\033[48;5;{(24, 58, 53, 94, 60, 22)[i % 6]}m{p}\033[0m{n}"
                        for i, (p, n) in enumerate(zip(pieces, notes)))
@@ -708,26 +682,20 @@ def main(cfg):
     finished = is_finished(rows, stops).to(device)                                               # (B,)
     ends = segment_ends(entropy, mask, finished, cfg.cutoff, cfg.granularity)                    # (B, R)
 
-    scores = None
-    if cfg.reward_model and cfg.show:        # Chapter 2 trains it; here its last-token scalars are only looked at
-        try:
-            rm, info = AutoModelForSequenceClassification.from_pretrained(
-                cfg.reward_model, num_labels=1, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
-        except Exception as e:
-            fail(f"--reward_model {cfg.reward_model}: cannot be read ({one_line(e)})")
-        if info["missing_keys"] or rm.config.vocab_size < model.hf.config.vocab_size:
+    rm = None
+    if cfg.reward_model:                     # Chapter 2 trains it; here its last-token scalars are only looked at
+        config = read_config(cfg.reward_model, num_labels=1)
+        if config.vocab_size < model.hf.config.vocab_size:
             fail(f"--reward_model {cfg.reward_model}: no reward model of the vocabulary of {cfg.model}")
-        rm = rm.float().to(device)
-
-        def scalar(ids, p, r):                                                                   # -> (1, b, r)
-            values = rm.score(rm.base_model(input_ids=ids).last_hidden_state)[..., 0]            # (b, T)
-            where = response_positions(p, int(r.max()), 0).clamp(max=ids.shape[1] - 1)
-            return [values.gather(1, where)]
-        scores = map_rows(scalar, rows[:cfg.show], cfg.micro_tokens, device)[0]                  # (show, R)
+        rm = read_weights(AutoModelForSequenceClassification, cfg.reward_model, config, torch.float32).to(device)
     for b, (prompt, *_) in enumerate(chats[:cfg.show]):
-        pieces = segment_texts(tokenizer, rows[b][1], ends[b].cpu())
+        (p, r), rewards = rows[b], []
+        if rm:
+            with torch.no_grad():
+                hidden = rm.base_model(input_ids=pad(rows[b:b + 1], device)[0]).last_hidden_state    # (1, T, d)
+                rewards = rm.score(hidden)[0, len(p):, 0][ends[b, :len(r)]].tolist()
         say(f"\nuser: {prompt[-1]['content'].strip()}")
-        say(paint(pieces, None if scores is None else scores[b, ends[b, :scores.shape[1]]].tolist()))
+        say(paint(segment_texts(tokenizer, r, ends[b].cpu()), rewards))
 
     # A segment ends at every high entropy plus once per response, so a target length fixes how many entropies
     # must lie above the cutoff: it is simply an order statistic.
@@ -743,7 +711,9 @@ def main(cfg):
         k = round(tokens / cfg.target_length) - len(rows)                                        # ends wanted inside
         if not 0 <= k < len(inner):
             fail(f"--target_length {cfg.target_length}: with these responses 1 to {tokens / len(rows):.0f} is possible")
-        say(f"--cutoff {inner[k]:.4g} gives segments of {tokens / (k + len(rows)):.2f} tokens")
+        cutoff = round(float(inner[k]), 6)
+        n = int(segment_ends(entropy, mask, finished, cutoff, "segment").sum())
+        say(f"--cutoff {cutoff} gives segments of {tokens / n:.2f} tokens")
 
 
 if __name__ == "__main__":

@@ -90,8 +90,8 @@ def random_rows(seed, B=7, R=19, cutoff=2.0):
 # 1. Functions against independent references: segments
 # ------------------------------------------------------------------------------------------------------------
 def test_doctests_of_all_chapters():
-    results = [doctest.testmod(m) for m in (segment, train_rm, train_ppo)]
-    assert sum(r.failed for r in results) == 0 and sum(r.attempted for r in results) >= 6
+    results = [doctest.testmod(m) for m in (segment, train_rm, train_ppo, E)]
+    assert sum(r.failed for r in results) == 0 and sum(r.attempted for r in results) >= 7
 
 
 @pytest.mark.parametrize("granularity", ["segment", "token", "bandit"])
@@ -99,7 +99,8 @@ def test_doctests_of_all_chapters():
 def test_segment_ends_and_locations_are_those_of_a_loop_over_tokens(granularity, seed):
     entropy, mask, finished, lengths = random_rows(seed)
     ends = segment_ends(entropy, mask, finished, 2.0, granularity)
-    p = segment_locations(ends)
+    p, values = segment_locations(ends), torch.randn(entropy.shape, generator=torch.Generator().manual_seed(2))
+    score = sequence_score(values, ends)
     for b, n in enumerate(lengths):
         content = n - 1 if finished[b] and n > 1 else n     # end-of-turn belongs to no segment, unless it is all
         want = []
@@ -112,6 +113,7 @@ def test_segment_ends_and_locations_are_those_of_a_loop_over_tokens(granularity,
         assert ends[b].nonzero()[:, 0].tolist() == want
         assert [round(x, 6) for x in p[b, want].tolist()] == [round((i + 1) / len(want), 6) for i in range(len(want))]
         assert float(p[b].sum()) == pytest.approx(sum(p[b, want].tolist()))      # 0 where nothing ends
+        assert float(score[b]) == pytest.approx(float(values[b, want].mean()), abs=1e-6)
 
 
 def test_segments_of_nothing_and_an_unknown_granularity():
@@ -138,14 +140,6 @@ def test_granularities_are_limits_of_each_other():
     rewards = torch.randn(entropy.shape, generator=torch.Generator().manual_seed(1))
     spread = [spread_rewards(rewards, token, mask, how) for how in ("even", "repeat", "end")]
     assert torch.equal(spread[0], spread[1]) and torch.equal(spread[1], spread[2])
-
-
-def test_sequence_score_is_the_mean_over_ends():
-    entropy, mask, finished, lengths = random_rows(5)
-    values = torch.randn(entropy.shape, generator=torch.Generator().manual_seed(2))
-    ends = segment_ends(entropy, mask, finished, 2.0, "segment")
-    for b, score in enumerate(sequence_score(values, ends).tolist()):
-        assert score == pytest.approx(np.mean([float(values[b, r]) for r in ends[b].nonzero()[:, 0]]), abs=1e-6)
 
 
 @pytest.mark.parametrize("how", ["even", "repeat", "end"])
@@ -374,7 +368,7 @@ def test_logits_are_never_all_in_memory():
 # Four families in small: grouped heads and BOS (Llama 3), fused projections and a second end token (Phi-3), biases and
 # no BOS (Qwen2), tied embeddings (SmolLM2). <system> plays Phi-3's <|end|>: in none of the messages below it occurs.
 SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=256, initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+             max_position_embeddings=1024, initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=2)
 TURNS = "{% for m in messages %}{{ '<' + m.role + '>\n' + m.content + 'END\n' }}{% endfor %}" \
         "{% if add_generation_prompt %}{{ '<assistant>\n' }}{% endif %}"
 FAMILIES = {
@@ -432,7 +426,6 @@ def test_models_read_rows_alike_alone_in_a_batch_and_behind_padding(families, fa
         ids, p, r = pad(rows, CPU)
         wide = torch.cat([ids, torch.randint(0, 200, (len(ids), 6))], 1)     # garbage behind the end is never read
         outs = [torch.stack(lm(x, p, r)) for x in (ids, wide)]
-        values = [rm(x, p, r)[0] for x in (ids, wide)]
         for b, (prompt, response) in enumerate(rows):
             P, R = len(prompt), len(response)
             row = torch.tensor(np.concatenate([prompt, response]))[None].long()
@@ -440,17 +433,16 @@ def test_models_read_rows_alike_alone_in_a_batch_and_behind_padding(families, fa
             H = -(logp.exp() * logp).sum(-1)
             want = torch.stack([logp[P - 1:-1].gather(1, row[0, P:, None])[:, 0], H[P - 1:-1], H[P:]])
             alone = torch.stack(lm(*pad([rows[b]], CPU)))[:, 0]
-            hidden = rm.hf.base_model(input_ids=row).last_hidden_state[0]
+            hidden = hf.base_model(input_ids=row).last_hidden_state[0]       # (T, d)
             for out in (outs[0][:, b, :R], outs[1][:, b, :R], alone):
                 torch.testing.assert_close(out, want, atol=2e-4, rtol=1e-4)
             assert not outs[0][:, b, R:].any()
             for shift in (0, -1):                                            # reward after, critic before the token
                 rm.shift = shift
-                at = (hidden @ rm.hf.score.weight.T)[P + shift:P + R + shift, 0]
-                torch.testing.assert_close(rm(wide, p, r)[0][b, :R], at, atol=1e-4, rtol=1e-4)
-            rm.shift = 0
-        torch.testing.assert_close(values[0] * (torch.arange(values[0].shape[1]) < r[:, None]),
-                                   values[1] * (torch.arange(values[0].shape[1]) < r[:, None]), atol=1e-4, rtol=1e-4)
+                values = [rm(x, p, r)[0][b, :R] for x in (ids, wide)]
+                want = (hidden @ rm.hf.score.weight.T)[P + shift:P + R + shift, 0]
+                for x in values:
+                    torch.testing.assert_close(x, want, atol=1e-4, rtol=1e-4)
         mapped = segment.map_rows(lm, rows, 40, CPU)                         # several micro-batches, rows in order
         torch.testing.assert_close(mapped, outs[0], atol=2e-4, rtol=1e-4)
 
@@ -656,21 +648,17 @@ BAD_PROMPTS = {
     "empty.jsonl": ("", "empty"), "columns.jsonl": ([{"text": "a"}], "row 1: no column prompt"),
     "type.jsonl": ([{"prompt": "a"}, {"prompt": 3}], "row 2, prompt"),
     "answered.jsonl": ([{"prompt": [user("a"), assistant("b")]}], "row 1, prompt"),
+    "alone.jsonl": ([{"chosen": "a response whose prompt is nowhere", "rejected": "b"}], "row 1, chosen"),
 }
 
 
-@pytest.mark.parametrize("name", BAD_PAIRS)
-def test_bad_preferences_are_refused_in_one_line(tmp_path, capsys, name):
-    path = write(f"{tmp_path}/{name}", BAD_PAIRS[name][0])
-    message = refused(capsys, lambda: list(segment.load_pairs(path)))
-    assert path in message and BAD_PAIRS[name][1] in message
-
-
-@pytest.mark.parametrize("name", BAD_PROMPTS)
-def test_bad_prompts_are_refused_in_one_line(tmp_path, capsys, name):
-    path = write(f"{tmp_path}/{name}", BAD_PROMPTS[name][0])
-    message = refused(capsys, lambda: segment.load_prompts(path))
-    assert path in message and BAD_PROMPTS[name][1] in message
+@pytest.mark.parametrize("load,name,content,words", [
+    (load, name, *case) for load, cases in ((segment.load_pairs, BAD_PAIRS), (segment.load_prompts, BAD_PROMPTS))
+    for name, case in cases.items()])
+def test_bad_data_is_refused_in_one_line(tmp_path, capsys, load, name, content, words):
+    path = write(f"{tmp_path}/{name}", content)
+    message = refused(capsys, lambda: list(load(path)))
+    assert path in message and words in message
 
 
 def test_every_layout_of_preferences_reads_alike(tmp_path, families, capsys):
@@ -723,6 +711,7 @@ BAD_FLAGS = [                                               # script's Config, f
     (train_ppo, ["--normalizer", "z"], "normalizer"), (train_ppo, ["--interpolation", "linear"], "interpolation"),
     (train_ppo, ["--cutoff", "-0.5"], "--cutoff"), (train_ppo, ["--rollout_batch_size", "0"], "--rollout_batch_size"),
     (segment, ["--max_tokens", "0"], "--max_tokens"), (segment, ["--unknown"], "--unknown"),
+    (E, ["--temperature", "-1"], "--temperature"), (E, ["--workers", "0"], "--workers"),
 ]
 
 
@@ -731,15 +720,15 @@ def test_bad_flags_are_refused_in_one_line(capsys, module, flags, words):
     assert words in refused(capsys, lambda: parse(module.Config, flags))
 
 
-@pytest.mark.parametrize("module", [segment, train_rm, train_ppo])
+@pytest.mark.parametrize("module", [segment, train_rm, train_ppo, E])
 def test_help_lists_every_flag_and_later_flags_override_files(tmp_path, capsys, module):
     with pytest.raises(SystemExit) as end:
         parse(module.Config, ["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and all(f"--{name}" in text for name in module.Config.__dataclass_fields__)
-    path = write(f"{tmp_path}/a.args", "# a comment\n\n--seed 3 --cutoff 2.5   # more\n--data 'a b.jsonl'\n")
+    path = write(f"{tmp_path}/a.args", "# a comment\n\n--seed 3 --max_samples 7   # more\n--data 'a b.jsonl'\n")
     cfg = parse(module.Config, [f"@{path}", "--seed", "4"])
-    assert (cfg.seed, cfg.cutoff, cfg.data) == (4, 2.5, "a b.jsonl")
+    assert (cfg.seed, cfg.max_samples, cfg.data) == (4, 7, "a b.jsonl")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -842,9 +831,9 @@ def runs(world, tmp_path_factory):
     top = str(tmp_path_factory.mktemp("runs"))
     pool, started = ThreadPoolExecutor(2), {}
 
-    def rm(name, ranks=1):
-        run_well("train_rm.py", rm_flags(world, f"{top}/{name}"), ranks)
-        return f"{top}/{name}"
+    def rm():
+        run_well("train_rm.py", rm_flags(world, f"{top}/rm"))
+        return f"{top}/rm"
 
     def rm_killed():
         """SIGKILL in the entropy pass, SIGTERM in a step, SIGKILL in a save, and a half-written checkpoint."""
@@ -903,10 +892,15 @@ def runs(world, tmp_path_factory):
         run_well("train_ppo.py", flags, ranks=2)
         return out
 
-    for name, job, *args in (("rm", rm, "rm"), ("rm_two", rm, "rm_two", 2), ("ppo", ppo, "ppo"),
-                             ("rm_killed", rm_killed), ("rm_orphan", rm_orphan), ("ppo_two", ppo, "ppo_two", 2),
-                             ("ppo_killed", ppo_killed),
-                             ("ppo_moved", ppo_moved)):
+    def judged():
+        """A policy judged on two ranks."""
+        flags = [x for k, v in evaluate_flags(world, started, f"{top}/judged").items() for x in (f"--{k}", str(v))]
+        run_well("evaluate.py", flags, ranks=2)
+        return f"{top}/judged"
+
+    for name, job, *args in (("rm", rm), ("rm_killed", rm_killed), ("ppo", ppo, "ppo"), ("rm_orphan", rm_orphan),
+                             ("ppo_two", ppo, "ppo_two", 2), ("ppo_killed", ppo_killed), ("ppo_moved", ppo_moved),
+                             ("judged", judged)):
         started[name] = pool.submit(job, *args)
     yield started
     pool.shutdown(cancel_futures=True)
@@ -916,9 +910,7 @@ def test_mistakes_on_the_command_line_are_one_line_and_code_2(world, tmp_path):
     out = f"{tmp_path}/out"
     started = [(words, start(script, ["--model", f"{world}/sft", *flags])) for script, flags, words in (
         ("train_rm.py", ["--data", "no/such.jsonl", "--out", out], "no/such.jsonl"),
-        ("train_ppo.py", ["--temperature", "2", "--out", out], "--temperature"),
-        ("segment.py", ["--cutoff", "nan"], "--cutoff"),
-        ("train_ppo.py", ["--reward_model", "no/such", "--data", f"{world}/prompts.jsonl", "--out", out], "no/such"))]
+        ("train_ppo.py", ["--temperature", "2", "--out", out], "--temperature"))]
     for words, process in started:
         err = process.communicate(timeout=300)[1]
         assert process.returncode == 2 and err.count("\n") == 1 and err.startswith("error: ") and words in err, err
@@ -934,6 +926,7 @@ BAD_RUNS = [  # changed flags of a good run (# is the test's folder), words of t
     ("rm", "--max_tokens 4096", "--max_tokens"), ("rm", "--max_prompt_tokens 256", "--max_prompt_tokens"),
     ("rm", f"--oracle {WORLD_PY}:clause_values", "--oracle"),
     ("rm", "--calibrate_only true --reward_model #no_rm", "no_rm"),
+    ("rm", f"--calibrate_only true --oracle {WORLD_PY}:clause_values --data #same.jsonl", "same.jsonl"),
     ("rm", f"--calibrate_only true --oracle {WORLD_PY}:nothing", "nothing"),
     ("ppo", "--data #no.jsonl", "no.jsonl"), ("ppo", "--data #few.jsonl", "--rollout_batch_size"),
     ("ppo", "--batch_size 7", "--batch_size"), ("ppo", "--max_new_tokens 999", "--max_new_tokens"),
@@ -1007,6 +1000,30 @@ def test_metrics_and_files_of_a_run(runs):
             assert set(fit.pop("scale")) == {"even", "repeat", "end"} and Normalizer.from_dict(fit).b_std > 0
 
 
+def test_the_segment_script_shows_segments_their_rewards_and_a_cutoff(world, runs, capsys):
+    def show(*flags):
+        segment.main(parse(segment.Config, ["--model", f"{world}/sft", "--data", f"{world}/pairs_test.jsonl", *flags]))
+        return capsys.readouterr().out
+
+    path = runs["rm"].result() + "/model"
+    out = show("--reward_model", path, "--target_length", "12", "--show", "2")
+    tokenizer, stops = segment.load_tokenizer(path)
+    chats = [(prompt, chosen, where) for prompt, chosen, _, where in segment.load_pairs(f"{world}/pairs_test.jsonl", 2)]
+    rows = segment.encode_chats(tokenizer, stops, chats, 512, 256)
+    with torch.no_grad():
+        entropy = load_model(f"{world}/sft", LanguageModel, CPU, torch.float32)(*pad(rows, CPU))[2]
+        values = load_model(path, ScalarModel, CPU, torch.float32)(*pad(rows, CPU))[0]
+    mask = torch.arange(entropy.shape[1]) < torch.tensor([[len(r)] for _, r in rows])
+    ends = segment_ends(entropy, mask, segment.is_finished(rows, stops), 1.0, "segment")
+    shown = [float(x) for x in re.findall(r"\[([-+][\d.]+)\]", out)]
+    assert shown == pytest.approx(values[ends].tolist(), abs=6e-3) and len(shown) > 10
+    cutoff, length = re.search(r"--cutoff (\S+) gives segments of (\S+) tokens", out).groups()
+    assert abs(float(length) - 12) < .5
+    table = re.findall(r"^ +\d.* (\S+)$", show("--cutoff", cutoff, "--show", "0"), re.M)
+    assert len(table) == 10 and length in table                              # as promised
+    assert "mother really hears me." in show("--text", "mother really hears me. rain really killed it in one minute.")
+
+
 def test_a_finished_run_is_never_touched(runs, world, capsys):
     rm, ppo = runs["rm"].result(), runs["ppo"].result()
     for out, job in ((rm, lambda *more: rm_here(world, rm, *more)),
@@ -1020,22 +1037,20 @@ def test_a_finished_run_is_never_touched(runs, world, capsys):
 
 
 @pytest.mark.parametrize("a,b,tolerance", [
-    ("rm", "rm_two", 1e-4), ("ppo", "ppo_two", 1e-4), ("rm", "rm_killed", 0), ("rm", "rm_orphan", 1e-4),
+    ("ppo", "ppo_two", 1e-4), ("rm", "rm_killed", 0), ("rm", "rm_orphan", 1e-4),
     ("ppo", "ppo_killed", 0), ("ppo", "ppo_moved", 1e-4)])
 def test_ranks_and_kills_do_not_change_a_run(runs, a, b, tolerance):
     """Metrics and exported weights: two ranks to 1e-4; killed and resumed on one rank bit for bit."""
     same_run(runs[a].result(), runs[b].result(), tolerance)
 
 
-def test_the_policy_talks_as_its_model_card_would_show(runs, world):
+def test_the_policy_talks_as_its_model_card_would_show(runs):
     path = runs["ppo"].result() + "/model"
     tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
     ids = tokenizer.apply_chat_template([user("tell me about my new phone.")], add_generation_prompt=True,
                                         return_tensors="pt", return_dict=True)
     out = model.generate(**ids, max_new_tokens=40, do_sample=True)
     assert len(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True).split()) > 3
-    assert any(not torch.equal(x, y) for x, y in zip(model.state_dict().values(), AutoModelForCausalLM.from_pretrained(
-        f"{world}/sft").state_dict().values()))             # and it learned something
 
 
 def test_the_reward_model_loads_as_a_sequence_classifier(runs):
@@ -1310,16 +1325,6 @@ def test_the_sources_hold_no_pickle_and_no_remote_code():
                                  text)
 
 
-def edit(path, change):
-    """Damage a file: change(bytes) -> bytes."""
-    data = open(path, "rb").read()
-    write(path, change(data))
-
-
-def zero_head(data):
-    return b"".join([data[:len(data) - 256], bytes(256)])
-
-
 @pytest.fixture(scope="session")
 def halted(world, tmp_path_factory):
     """An unfinished run of a reward model with its cache: one checkpoint, of step 3 of 6, saved after an evaluation."""
@@ -1353,21 +1358,24 @@ DAMAGE = [("run/config.json", lambda x: x[:50]), ("run/config.json", lambda x: b
 def test_damaged_files_are_named_and_nothing_is_touched(world, halted, tmp_path, capsys, name, change):
     out = copy_of(halted, tmp_path)
     for path in glob.glob(f"{tmp_path}/{name}"):
-        edit(path, change)
-    before = {p: x for p, x in tree(tmp_path).items()}
+        write(path, change(open(path, "rb").read()))
+    before = tree(tmp_path)
     message = refused(capsys, lambda: rm_here(world, out, "--resume"))
-    assert re.search(f"{tmp_path}/{name}".replace("*", r"\S*").replace("/model.safetensors", "").replace(
-        r"/\S*.safetensors", ""), message), message
-    assert {p: x for p, x in tree(tmp_path).items()} == before
+    assert f"{tmp_path}/{name.partition('/*')[0]}" in message
+    assert tree(tmp_path) == before
 
 
-def test_a_run_knows_its_data_and_models(world, halted, tmp_path, capsys):
+def test_a_run_knows_its_data_and_models(world, halted, runs, tmp_path, capsys):
     """What a file of the same name holds may change between a kill and --resume."""
     out, pairs = copy_of(halted, tmp_path), open(f"{world}/pairs.jsonl").readlines()
     other = write(f"{tmp_path}/pairs.jsonl", "".join(pairs[::-1]))
+    calibrated = shutil.copytree(runs["rm"].result() + "/model", f"{tmp_path}/calibrated")
     config = json.load(open(f"{out}/config.json"))
     write(f"{out}/config.json", json.dumps(config | {"data": other}))
     assert "has changed since" in refused(capsys, lambda: rm_here(world, out, "--resume", "--data", other))
+    assert train_rm.fingerprint(calibrated) == (before := train_rm.fingerprint(runs["rm"].result() + "/model"))
+    write(f"{calibrated}/reward.json", "{}")
+    assert train_rm.fingerprint(calibrated) != before
     write(f"{out}/config.json", json.dumps(config))
     name, = os.listdir(f"{halted}-cache")
     cached = f"{out}-cache/{name}"
@@ -1404,16 +1412,18 @@ def test_a_reward_json_that_makes_no_sense(world, runs, tmp_path, capsys, change
     assert words in refused(capsys, lambda: ppo_here(world, rm, f"{tmp_path}/out"))
 
 
-@pytest.mark.parametrize("body,words", [
-    ("raise KeyError('no such thing')", "KeyError"), ("return None", "TypeError"), ("return 'good'", "ValueError")])
-def test_a_gold_function_that_fails(world, runs, tmp_path, capsys, body, words):
-    path = write(f"{tmp_path}/mine.py", f"def f(prompt, response):\n    {body}\ndef g(prompt, response, scale=10.):\n"
-                                        "    return scale\n")
-    short = ["--max_steps", "1", "--max_new_tokens", "4", "--gold"]
-    assert words in refused(capsys, lambda: ppo_here(world, runs["rm"].result() + "/model", f"{tmp_path}/out", *short,
-                                                     f"{path}:f"))
-    ppo_here(world, runs["rm"].result() + "/model", f"{tmp_path}/good", *short, f"{path}:g")
-    assert metrics(f"{tmp_path}/good")[0]["gold"] == 10     # only a parameter called finished is given whether it is
+def test_gold_functions_that_fail(world, runs, tmp_path, capsys):
+    path = write(f"{tmp_path}/mine.py", """
+def a(prompt, response): raise KeyError('no such thing')
+def b(prompt, response): return None
+def c(prompt, response): return 'good'
+def g(prompt, response, scale=10.): return scale""")
+    job = lambda f: ppo_here(world, runs["rm"].result() + "/model", f"{tmp_path}/{f}", "--max_steps", "1",
+                             "--max_new_tokens", "4", "--gold", f"{path}:{f}")
+    for f, words in (("a", "KeyError"), ("b", "TypeError"), ("c", "ValueError")):
+        assert words in refused(capsys, lambda: job(f))
+    job("g")
+    assert metrics(f"{tmp_path}/g")[0]["gold"] == 10        # only a parameter called finished is given whether it is
 
 
 @pytest.mark.parametrize("limit,resume", [(2_000, False), (150_000, True)], ids=["entropies", "checkpoint"])
@@ -1803,17 +1813,17 @@ class Handler(BaseHTTPRequestHandler):
         with s.lock:
             s.requests += 1
             s.keys.add(self.headers.get("Authorization"))
-            trouble = s.trouble(s.requests, text)
+            trouble = s.trouble(s.requests, text) or (400 if "logprobs" in body and not s.logprobs else None)
         a, b = (re.search(f"<answer {k}>\n(.*)\n</answer {k}>", text, re.S)[1].count("x") for k in "AB")
         reply = "I cannot compare these." if trouble == "refuse" else "A" if a > b else "B"
         choice = {"message": {"role": "assistant", "content": reply}}
-        if s.logprobs and "logprobs" in body:
+        if "logprobs" in body:
             top = [{"token": "A", "logprob": math.log(.8 if a > b else .3)},
                    {"token": " B", "logprob": math.log(.2 if a > b else .6)}]
             choice["logprobs"] = {"content": [{"token": reply, "logprob": -1, "top_logprobs": top}]}
         payload, status = json.dumps({"choices": [choice]}).encode(), trouble if isinstance(trouble, int) else 200
         if trouble == "slow":
-            time.sleep(4)
+            time.sleep(2)
         if isinstance(trouble, int):
             payload = f"no access with {self.headers.get('Authorization')}".encode()
         if trouble == "cut":
@@ -1849,16 +1859,23 @@ def lines(path):
     return [json.loads(line) for line in open(path)]
 
 
-def test_endpoint_both_orders_and_label_probabilities(tmp_path):
-    server = Server()
-    E.main(config(tmp_path, api_base=server.url, n=4))
-    rows = json.load(open(tmp_path / "out/annotations.json"))
-    # the policy has one x more: as B it gets .6/.9, as A .8
-    assert [r["preference"] for r in rows] == pytest.approx([1 + (2 / 3 + .8) / 2] * 4)
-    assert server.requests == 8 and len(set(server.served)) == 8
-    assert set(rows[0]) == {"instruction", "output_1", "generator_1", "output_2", "generator_2", "preference",
-                            "annotator"}
-    assert (rows[0]["generator_1"], rows[0]["generator_2"]) == ("base", "policy")
+def test_endpoint_both_orders_identical_outputs_and_a_kill(tmp_path):
+    server, cfg = Server(), config(tmp_path, n=10)
+    cfg = replace(cfg, api_base=server.url, model=[*cfg.model, cfg.baseline])
+    E.main(cfg)
+    first = json.load(open(tmp_path / "out/annotations.json"))
+    # the policy has one x more: as B it gets .6/.9, as A .8; the baseline's own answers are draws without a call
+    assert [r["preference"] for r in first] == pytest.approx([1 + (2 / 3 + .8) / 2] * 10 + [1.5] * 10)
+    assert server.requests == len(set(server.served)) == 20
+    assert set(first[0]) == {"instruction", "output_1", "generator_1", "output_2", "generator_2", "preference",
+                             "annotator"}
+    assert (first[0]["generator_1"], first[0]["generator_2"]) == ("base-baseline", "policy")
+    path, text = tmp_path / "out/config.json", open(tmp_path / "out/judgements.jsonl").read().splitlines(keepends=True)
+    path.write_text(json.dumps({k: v for k, v in json.load(open(path)).items() if k != "finished"}))
+    (tmp_path / "out/judgements.jsonl").write_text("".join(text[:6]) + text[6][:30])              # a torn line
+    E.main(cfg)
+    assert server.requests == 20 + 2 * 4 and json.load(open(tmp_path / "out/annotations.json")) == first
+    assert len(E.Cache.read(tmp_path / "out/judgements.jsonl")) == 10
 
 
 def test_endpoint_without_logprobs_refused_parameters_and_refusals(tmp_path):
@@ -1867,19 +1884,20 @@ def test_endpoint_without_logprobs_refused_parameters_and_refusals(tmp_path):
     assert [r["preference"] for r in json.load(open(tmp_path / "out/annotations.json"))] == [2, 2, None, 2]
     assert len(lines(tmp_path / "out/judgements.jsonl")) == 3
     assert json.load(open(tmp_path / "out/summary.json"))["failed"] == 1
-    assert server.requests == 6 + 3                              # a refusal is tried three times, then left out
+    # log-probabilities are refused and the question asked again without; a refusal to judge is tried three times
+    assert server.requests == 2 * 6 + 3
     server.trouble = lambda n, text: None
     E.main(config(tmp_path, api_base=server.url, n=4))           # not finished, so the same command goes on: one pair
-    assert server.requests == 9 + 2 and json.load(open(tmp_path / "out/summary.json"))["failed"] == 0
+    assert server.requests == 2 * 6 + 3 + 2 * 2 and json.load(open(tmp_path / "out/summary.json"))["failed"] == 0
     E.main(config(tmp_path, api_base=server.url, n=4))           # finished: nothing is asked
-    assert server.requests == 11
+    assert server.requests == 2 * 6 + 3 + 2 * 2
 
 
 def test_endpoint_that_fails_a_third_of_the_time(tmp_path):
     rng = random.Random(0)
     kinds = ["slow", 429, 500, 503, "cut", "short", "malformed"]
     server = Server(trouble=lambda n, text: rng.choice(kinds) if rng.random() < 0.3 else None)
-    E.main(config(tmp_path, api_base=server.url, n=60, timeout=2.5))
+    E.main(config(tmp_path, api_base=server.url, n=60, timeout=1.2))
     keys = [row["key"] for row in lines(tmp_path / "out/judgements.jsonl")]
     assert len(keys) == len(set(keys)) == 60                     # each pair once
     assert len(set(server.served)) == 120 and server.requests > 140
@@ -1917,26 +1935,9 @@ def test_a_key_is_hidden_before_the_text_is_cut(tmp_path, capsys, monkeypatch):
         out = capsys.readouterr()
         everything = out.out + out.err + "".join(map(repr, tree(f"{tmp_path}/{n}").values()))
         assert "sk-sec" not in everything and "***" in out.err, out.err
-
-
-def test_killed_run_continues_after_a_torn_line(tmp_path):
-    server = Server()
-    E.main(config(tmp_path, api_base=server.url, n=10))
-    first = json.load(open(tmp_path / "out/annotations.json"))
-    text = open(tmp_path / "out/judgements.jsonl").read().splitlines(keepends=True)
-    for name in ("annotations.json", "summary.json", "leaderboard.csv", "config.json"):
-        os.unlink(tmp_path / "out" / name)
-    (tmp_path / "out/judgements.jsonl").write_text("".join(text[:6]) + text[6][:30])
-    E.main(config(tmp_path, api_base=server.url, n=10))
-    assert server.requests == 20 + 2 * 4 and json.load(open(tmp_path / "out/annotations.json")) == first
-    assert len(E.Cache.read(tmp_path / "out/judgements.jsonl")) == 10
-
-
-def test_identical_outputs_are_a_draw_without_a_call(tmp_path):
-    server, cfg = Server(), config(tmp_path, n=3)
-    E.main(replace(cfg, model=[cfg.baseline], api_base=server.url))
-    assert server.requests == 0
-    assert [r["preference"] for r in json.load(open(tmp_path / "out/annotations.json"))] == [1.5] * 3
+    monkeypatch.setattr(Handler, "do_POST", lambda self: self.wfile.write(f"HTTP/1.1 {key} no status\r\n".encode()))
+    refused(capsys, lambda: E.main(config(tmp_path, api_base=Server().url, tries=1, n=1, out=f"{tmp_path}/line")))
+    assert key not in "".join(map(repr, tree(f"{tmp_path}/line").values()))
 
 
 @pytest.mark.parametrize("text,label", [("A", "A"), (" B.", "B"), ("**A**", "A"), ("Answer: B", "B"),
@@ -1957,9 +1958,9 @@ def test_several_policies_function_judge_and_protected_folder(tmp_path, capsys):
     cfg = config(tmp_path, n=8, judge=f"{tmp_path}/judge.py:score")
     cfg.model = [cfg.model[0], cfg.baseline]
     E.main(cfg)
-    rows = {r["generator_2"]: [] for r in json.load(open(tmp_path / "out/annotations.json"))}
+    rows = {}
     for r in json.load(open(tmp_path / "out/annotations.json")):
-        rows[r["generator_2"]].append(r["preference"])
+        rows.setdefault(r["generator_2"], []).append(r["preference"])
     assert rows == {"policy": [2, 2, 1.5, 1.5] * 2, "base": [1.5] * 8}
     difference = json.load(open(tmp_path / "out/summary.json"))["differences"][0]
     assert difference["policy"] == "policy" and difference["win_rate"] == 25 and difference["n"] == 8
@@ -1973,9 +1974,8 @@ def test_several_policies_function_judge_and_protected_folder(tmp_path, capsys):
 
 def test_bad_input(tmp_path, capsys):
     cfg = config(tmp_path, judge=f"{tmp_path}/judge.py:score")
-    (tmp_path / "judge.py").write_text("def score(prompt, response):\n    return float('nan')\n")
-    with open(tmp_path / "judge.py", "a") as f:
-        f.write("def none(prompt, response):\n    return None\n")
+    (tmp_path / "judge.py").write_text("def score(prompt, response):\n    return float('nan')\n"
+                                       "def none(prompt, response):\n    return None\n")
     row = {"preference": 2, "len_1": 1, "len_2": 2}
     for name, rows in (("good", [row]), ("bad", [row | {"preference": 3}]), ("nan", [row | {"len_2": math.nan}])):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
@@ -1988,73 +1988,38 @@ def test_bad_input(tmp_path, capsys):
                          (dict(model=[f"{tmp_path}/nowhere"]), "nowhere"),
                          (dict(model=["nowhere.json"]), "nowhere.json"),
                          (dict(annotations=[f"{tmp_path}/bad.json"]), "row 1"),
-                         (dict(temperature=-1.0), "--temperature"), (dict(api_base="http://key@host/v1"), "--api_base"),
+                         (dict(api_base="http://key@host/v1"), "--api_base"),
                          (dict(api_base="http://host/v1?key=secret"), "--api_base"),
                          (dict(api_base="http://["), "--api_base"),
                          (dict(model=[cfg.model[0]] * 2), "called"),
                          (dict(model=[cfg.baseline, f"{tmp_path}/base-baseline.json"]),
                          "base-baseline"), (dict(model=[f"{tmp_path}/two.json"]), "second output"),
-                         (dict(out=f"{tmp_path}/foreign"), "no evaluation"),
+                         (dict(out=f"{tmp_path}/foreign"), "no run of this script"),
                          (dict(out=f"{tmp_path}/bad.json/x"), "--out"),
                          (dict(judge=f"{tmp_path}/judge.py:none"), "TypeError"),
                          (dict(difficulty=f"{tmp_path}/bad.json", annotations=[f"{tmp_path}/good.json"]),
                           "--difficulty"),
                          (dict(annotations=[f"{tmp_path}/nan.json"]), "len_2")):
-        with pytest.raises(SystemExit) as e:
-            E.main(replace(cfg, **change))
-        err = capsys.readouterr().err
-        assert e.value.code == 2 and word in err and err.count("\n") == 1, (change, err)
+        assert word in refused(capsys, lambda: E.main(replace(cfg, **change)))
 
 
 # ---- models -------------------------------------------------------------------------------------------------
-WORDS = "A B one two three four five six good bad user".split()
+def evaluate_flags(world, runs, out):
+    return {"model": runs["ppo"].result() + "/model", "baseline": f"{world}/sft", "data": f"{world}/prompts.jsonl",
+            "judge": runs["rm"].result() + "/model", "show": 0, "max_samples": 12, "max_new_tokens": 24, "out": out}
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A random Llama with a chat template, and a reward model of the same body."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
-    folder = tmp_path_factory.mktemp("tiny")
-    vocab = {w: i for i, w in enumerate(["<unk>", "<eos>", *WORDS])}
-    tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tok = PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>", eos_token="<eos>")
-    tok.chat_template = ("{% for m in messages %}{{ 'user ' if m.role == 'user' else '' }}"
-                         "{{ m.content }}{{ ' <eos> ' }}{% endfor %}")
-    small = dict(vocab_size=len(vocab), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                 num_attention_heads=2,
-                 max_position_embeddings=256, eos_token_id=1, pad_token_id=1)
-    torch.manual_seed(0)
-    for name, kind in (("a", LlamaForCausalLM), ("b", LlamaForCausalLM), ("rm", LlamaForSequenceClassification)):
-        model = kind(LlamaConfig(**small, num_labels=1))
-        for p in model.parameters():
-            p.data.normal_(std=0.5)
-        model.save_pretrained(folder / name)
-        tok.save_pretrained(folder / name)
-    with open(folder / "prompts.jsonl", "w") as f:
-        for i in range(12):
-            words = " ".join(WORDS[2 + (i * 5 + k) % 9] for k in range(i % 5 + 1))
-            f.write(json.dumps({"prompt": [{"role": "user", "content": words}] if i % 3 else words}) + "\n")
-    return folder
-
-
-def evaluate_run(tiny, out, **kw):
-    cfg = E.Config(**{"model": [f"{tiny}/a"], "baseline": f"{tiny}/b", "data": f"{tiny}/prompts.jsonl",
-                      "judge": f"{tiny}/rm", "show": 0,
-                      "max_prompt_tokens": 16, "max_new_tokens": 12, "out": str(out), **kw})
-    E.main(cfg)
+def evaluate_run(world, runs, out, **kw):
+    flags = evaluate_flags(world, runs, str(out)) | kw
+    E.main(E.Config(**flags | {"model": [flags["model"]]}))
     return json.load(open(f"{out}/annotations.json"))
 
 
-def test_end_to_end_with_a_reward_model(tiny, tmp_path):
-    reward = {"granularity": "segment", "cutoff": 2.0, "sft_model": f"{tiny}/b",
-              "sft_fingerprint": E.fingerprint(f"{tiny}/b")}
-    (tiny / "rm/reward.json").write_text(json.dumps(reward))
-    rows = evaluate_run(tiny, tmp_path / "one", html=True)
+def test_end_to_end_with_a_reward_model(world, runs, tmp_path):
+    rows = evaluate_run(world, runs, tmp_path / "one", html=True)
     for r in rows:
         assert r["preference"] == pytest.approx(1 + 1 / (1 + math.exp(r["score_1"] - r["score_2"])))
-    assert len({r["score_2"] for r in rows}) > 6 and {r["generator_2"] for r in rows} == {"a"}
+    assert len({r["score_2"] for r in rows}) > 6 and {r["generator_2"] for r in rows} == {"ppo"}
     page = open(tmp_path / "one/index.html").read()
     assert page.count("<article>") == 12 and page.count("<span style=") >= 12
     # killed while generating and judging: the same numbers, and what was there is not made again
@@ -2062,33 +2027,33 @@ def test_end_to_end_with_a_reward_model(tiny, tmp_path):
         text = open(tmp_path / f"one/{name}.jsonl").read()
         os.makedirs(tmp_path / "two", exist_ok=True)
         (tmp_path / f"two/{name}.jsonl").write_text(text[:len(text) // 2])
-    assert evaluate_run(tiny, tmp_path / "two", generation_batch_size=5) == rows
+    assert evaluate_run(world, runs, tmp_path / "two", generation_batch_size=5) == rows
     assert len(open(tmp_path / "two/generations.jsonl").readlines()) in (24, 25)
-    assert evaluate_run(tiny, tmp_path / "three", seed=1) != rows
+    assert evaluate_run(world, runs, tmp_path / "three", seed=1) != rows
+    for ours, theirs in zip(rows, json.load(open(runs["judged"].result() + "/annotations.json")), strict=True):
+        assert ours["output_1"] == theirs["output_1"] and ours["output_2"] == theirs["output_2"]          # on two ranks
+        assert ours["preference"] == pytest.approx(theirs["preference"], abs=1e-5)
 
 
-def test_greedy_is_the_same_for_any_batch_and_differs_from_sampling(tiny, tmp_path):
-    runs = [evaluate_run(tiny, tmp_path / str(n), temperature=0.0, generation_batch_size=n, seed=n) for n in (1, 5, 12)]
-    assert runs[0] == runs[1] == runs[2]
-    (tmp_path / "same.jsonl").write_text('{"prompt": "one two"}\n' * 8)
-    greedy, sampled = (evaluate_run(tiny, tmp_path / f"same{t}", data=f"{tmp_path}/same.jsonl", temperature=t) for t
-                       in (0.0, 1.0))
-    assert len({r["output_2"] for r in greedy}) == 1 and len({r["output_2"] for r in sampled}) > 4
+def test_greedy_is_the_same_for_any_batch_and_differs_from_sampling(world, runs, tmp_path):
+    greedy = [evaluate_run(world, runs, tmp_path / str(n), temperature=0.0, generation_batch_size=n, seed=n)
+              for n in (1, 5, 12)]
+    assert greedy[0] == greedy[1] == greedy[2]
+    same = write(f"{tmp_path}/same.jsonl", [{"prompt": "tell me about my new phone."}] * 8)
+    assert len({r["output_2"] for r in evaluate_run(world, runs, tmp_path / "same", data=same)}) > 4
 
 
-def test_chat_model_as_judge(tiny, tmp_path):
-    rows = evaluate_run(tiny, tmp_path / "out", judge=f"{tiny}/a", max_new_tokens=6, max_samples=6)
-    assert all(1 < r["preference"] < 2 for r in rows if r["output_1"] != r["output_2"])
-    from transformers import AutoModelForCausalLM
-    tok, _ = E.load_tokenizer(f"{tiny}/a")
-    model, p = AutoModelForCausalLM.from_pretrained(f"{tiny}/a"), []
-    r = next(r for r in rows if r["output_1"] != r["output_2"])
-    for text in E.questions(r):
-        ids = tok(tok.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                          add_generation_prompt=True),
-                  add_special_tokens=False, return_tensors="pt").input_ids
-        p.append(model(input_ids=ids).logits[0, -1, [2, 3]].softmax(-1)[1].item())     # A is 2, B is 3
-    assert r["preference"] == pytest.approx(1 + (p[0] + 1 - p[1]) / 2, abs=1e-5)
+def test_chat_model_as_judge(families, tmp_path):
+    E.main(config(tmp_path, n=2, judge=families["qwen2"]))
+    row, p = json.load(open(tmp_path / "out/annotations.json"))[0], []
+    tokenizer, _ = segment.load_tokenizer(families["qwen2"])
+    labels = [tokenizer(x)["input_ids"][0] for x in "AB"]
+    model = AutoModelForCausalLM.from_pretrained(families["qwen2"])
+    for text in E.questions(row):
+        ids = tokenizer.apply_chat_template([user(text)], add_generation_prompt=True, return_tensors="pt",
+                                            return_dict=True)
+        p.append(model(**ids).logits[0, -1, labels].softmax(-1)[1].item())
+    assert row["preference"] == pytest.approx(1 + (p[0] + 1 - p[1]) / 2, abs=1e-5)
 
 
 def test_pair_accuracy(tmp_path, capsys):
@@ -2101,7 +2066,7 @@ def test_pair_accuracy(tmp_path, capsys):
                     out=f"{tmp_path}/out"))
     got = {k: (v["accuracy"], v["n"]) for k, v in json.load(open(tmp_path / "out/pairs.json")).items()}
     assert got == {"all": (62.5, 4), "chosen is longer": (100, 2), "chosen is shorter": (0, 1), "same length": (50, 1),
-                   "s1": (75, 2), "s2": (50, 2)}
+                   "subset s1": (75, 2), "subset s2": (50, 2)}
 
 
 def test_page_escapes(tmp_path):

@@ -186,6 +186,22 @@ def draw_luck(seeds, R):
     return torch.from_numpy(np.stack([np.random.default_rng(s).integers(2 ** 62, size=R) for s in seeds]))
 
 
+def sample(hf, prompts, stops, R, seeds, batch_size, temperature=1.0, banned=None):
+    """generate() by all ranks, a part of the prompts each, in batches of similar length; every rank gets all of it.
+    seeds: a tuple of ints for each of the B prompts. Returns tokens (B, R), log-probs (B, R), lengths (B,)."""
+    B = len(prompts)
+    tokens = torch.zeros(B, R, dtype=torch.long, device=hf.device)                          # (B, R)
+    logprobs, lengths = torch.zeros(B, R, device=hf.device), tokens.new_zeros(B)            # (B, R), (B,)
+    mine = sorted(range(B), key=lambda b: len(prompts[b]))[rank()::dist.get_world_size()]
+    for k in range(0, len(mine), batch_size):
+        wave = mine[k:k + batch_size]
+        tokens[wave], logprobs[wave], lengths[wave] = generate(
+            hf, [prompts[b] for b in wave], stops, R, draw_luck([seeds[b] for b in wave], R), temperature, banned)
+    for x in (tokens, logprobs, lengths):
+        dist.all_reduce(x)
+    return tokens, logprobs, lengths
+
+
 def reads_alike(mine, theirs):
     """Do both tokenizers give every token the same id? Special tokens may be missing from one: many reward models add a
     pad token, which nobody ever reads."""
@@ -292,7 +308,9 @@ def prompt_order(seed, turn, n):
 
 
 def prompt_text(messages):
-    return "\n\n".join(m["content"] for m in messages)
+    """What people, judges and gold functions read: the prompt, or all turns with their roles."""
+    turns = [f"{m['role']}: {m['content']}" for m in messages]
+    return messages[0]["content"] if len(turns) == 1 else "\n\n".join(turns)
 
 
 # ============================================================================================================
@@ -322,7 +340,7 @@ def main(cfg):
 
     iterations = cfg.max_steps or max(1, cfg.passes * len(prompts) // cfg.rollout_batch_size)
     minibatches = cfg.rollout_batch_size // cfg.batch_size
-    optimizer_steps = iterations * cfg.ppo_epochs * minibatches
+    updates = cfg.ppo_epochs * minibatches                                                  # in an iteration
     say(f"{iterations} iterations x {cfg.rollout_batch_size} responses on {ranks} x {device.type}, each "
         f"{cfg.ppo_epochs} epochs x {minibatches} minibatches x {cfg.batch_size} responses\n"
         f"{own} reward model used as {use}, cutoff {cutoff}, {cfg.normalizer} normaliser, scale {scale:.3g}")
@@ -336,11 +354,10 @@ def main(cfg):
     reference = load_model(cfg.model, LanguageModel, device, dtype)
     reward_model = None if cfg.oracle else load_model(cfg.reward_model, ScalarModel, device, dtype)
     with device:
-        sampler = actor.auto_class.from_config(config, dtype=dtype).eval()
+        sampler = actor.auto_class.from_config(actor.hf.config, dtype=dtype).eval()
     banned = never_sampled(tokenizer, stops, config.vocab_size).to(device)
-    optimizers = {m: torch.optim.AdamW(m.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=True)
-                  for m, lr in ((actor, cfg.actor_lr), (critic, cfg.critic_lr))}
-    trained = {"actor": (actor, optimizers[actor]), "critic": (critic, optimizers[critic])}
+    trained = {name: (m, torch.optim.AdamW(m.parameters(), betas=(0.9, 0.95), weight_decay=0.0, foreach=True))
+               for name, m in (("actor", actor), ("critic", critic))}
     models = [cfg.model] if cfg.oracle else [cfg.model, cfg.reward_model]
     first_iteration, skipped = on_rank0(begin_run, cfg, prompts, models)      # all was readable: only now OUT is made
     if first_iteration:
@@ -361,17 +378,9 @@ def main(cfg):
         B, R = cfg.rollout_batch_size, cfg.max_new_tokens
         drawn = [int(prompt_order(cfg.seed, k // len(prompts), len(prompts))[k % len(prompts)])
                  for k in range(iteration * B, (iteration + 1) * B)]                        # (B,) rows of --data
-        luck = draw_luck([(cfg.seed, 1, iteration, b) for b in range(B)], R)                # (B, R)
-        tokens = torch.zeros(B, R, dtype=torch.long, device=device)                         # (B, R)
-        lengths = torch.zeros(B, dtype=torch.long, device=device)                           # (B,)
-        sampled_logprobs = torch.zeros(B, R, device=device)                                 # (B, R)
-        mine = sorted(range(B), key=lambda b: len(prompts[drawn[b]]))[rank()::ranks]
-        for k in range(0, len(mine), cfg.generation_batch_size):
-            wave = mine[k:k + cfg.generation_batch_size]
-            tokens[wave], sampled_logprobs[wave], lengths[wave] = generate(
-                sampler, [prompts[drawn[b]] for b in wave], stops, R, luck[wave], banned=banned)
-        for x in (tokens, lengths, sampled_logprobs):
-            dist.all_reduce(x)
+        seeds = [(cfg.seed, 1, iteration, b) for b in range(B)]
+        tokens, sampled_logprobs, lengths = sample(                                         # (B, R), (B, R), (B,)
+            sampler, [prompts[d] for d in drawn], stops, R, seeds, cfg.generation_batch_size, banned=banned)
         rows = [(prompts[d], t[:n]) for d, t, n in zip(drawn, tokens.cpu().numpy().astype(np.int32), lengths.tolist())]
         R = int(lengths.max())
         mask = torch.arange(R, device=device) < lengths[:, None]                            # (B, R)
@@ -397,12 +406,11 @@ def main(cfg):
         dense = normalized_token_rewards(rewards, ends, mask, normalizer, how, scale)       # (B, R)
         if cfg.divide_by_length:
             dense = dense / lengths[:, None]
-        last = torch.arange(R, device=device) == lengths[:, None] - 1                       # (B, R)
-        dense = dense + cfg.missing_eos_reward * (last & ~finished[:, None])
+        dense[torch.arange(B, device=device), lengths - 1] += cfg.missing_eos_reward * ~finished
         if cfg.bad_length:
             bad = ~finished | (lengths > cfg.bad_length)                                    # (B,)
             dense = torch.where(bad[:, None] & mask, cfg.bad_length_reward, dense)
-        kl = (logprobs - ref_logprobs) * mask                                               # (B, R) stay near SFT
+        kl = logprobs - ref_logprobs                                                        # (B, R) stay near SFT
         advantages, returns = gae(dense - cfg.kl_coef * kl, values, mask, cfg.gamma, cfg.lam)
         advantages = whiten(advantages, mask)
 
@@ -413,7 +421,7 @@ def main(cfg):
         row_lengths = [len(p) + len(r) for p, r in rows]
         sums, norms = torch.zeros(3, device=device), torch.zeros(2, device=device)
         first_ratio = torch.ones((), device=device)                                         # worst at update 0
-        for update in range(cfg.ppo_epochs * minibatches):
+        for update in range(updates):
             epoch, position = divmod(update, minibatches)
             shuffled = np.random.default_rng([cfg.seed, 2, iteration, epoch]).permutation(B)
             mb = shuffled[position * cfg.batch_size:(position + 1) * cfg.batch_size]        # rows of this minibatch
@@ -434,17 +442,17 @@ def main(cfg):
                     sums += torch.stack([x.detach().sum() for x in (losses, v_losses, clipped)])
                     if update == 0:
                         first_ratio = torch.maximum(first_ratio, ((ratio.detach() - 1).abs() * m).max() + 1)
-            rate = learning_rate(iteration * cfg.ppo_epochs * minibatches + update, optimizer_steps, cfg.warmup)
+            rate = learning_rate(iteration * updates + update, iterations * updates, cfg.warmup)
             norm = torch.stack([nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm).full_tensor()
                                 for model in (actor, critic)])
             skipped = 0 if torch.isfinite(norm).all() else skipped + 1      # a step that is not finite changes nothing
             norms += norm
-            for model, peak, first in ((actor, cfg.actor_lr, cfg.critic_warmup), (critic, cfg.critic_lr, 0)):
-                for group in optimizers[model].param_groups:
-                    group["lr"] = peak * rate
+            for name, peak, first in (("actor", cfg.actor_lr, cfg.critic_warmup), ("critic", cfg.critic_lr, 0)):
+                optimizer = trained[name][1]
+                optimizer.param_groups[0]["lr"] = peak * rate
                 if not skipped and iteration >= first:
-                    optimizers[model].step()
-                optimizers[model].zero_grad()
+                    optimizer.step()
+                optimizer.zero_grad()
         dist.all_reduce(sums)
         dist.all_reduce(first_ratio, dist.ReduceOp.MAX)
 
@@ -454,20 +462,19 @@ def main(cfg):
         sums = (sums / (cfg.ppo_epochs * B)).tolist()            # waits for the GPU, so that the clock is right
         done, time_end = iteration + 1, time.time()
         n_tokens, n_ends = int(mask.sum()), int(ends.sum())
-        spread = returns[mask].var(correction=0)
+        variance, unexplained = returns[mask].var(correction=0), (returns - values)[mask].var(correction=0)
         row = {
             "reward": float(sequence_score(rewards, ends).mean()), "reward_total": float(dense.sum(1).mean()),
             "kl": float(kl.sum(1).mean()), "kl_per_token": float(kl.sum() / n_tokens),
             "entropy": float(policy_entropy.sum() / n_tokens), "finished": float(finished.float().mean()),
             "response_length": n_tokens / B, "response_tokens": n_tokens, "segment_length": n_tokens / max(1, n_ends),
             "policy_loss": sums[0], "value_loss": sums[1], "clip_fraction": sums[2], "first_ratio": float(first_ratio),
-            "sampler_gap": float(((logprobs - sampled_logprobs[:, :R]).abs() * mask).max()),
-            "explained_variance": float(1 - (returns - values)[mask].var(correction=0) / spread) if spread > 0 else 0.0,
-            "actor_grad_norm": float(norms[0]) / (cfg.ppo_epochs * minibatches),
-            "critic_grad_norm": float(norms[1]) / (cfg.ppo_epochs * minibatches), "lr": cfg.actor_lr * rate,
-            "skipped": skipped, "tokens_per_second": sum(row_lengths) / (time_end - time_start),
+            "sampler_gap": float((logprobs - sampled_logprobs[:, :R]).abs().max()),
+            "explained_variance": float(1 - unexplained / variance) if variance > 0 else 0.0,
+            "actor_grad_norm": float(norms[0]) / updates, "critic_grad_norm": float(norms[1]) / updates,
+            "lr": cfg.actor_lr * rate, "skipped": skipped,
             "time_generate": time_score - time_start, "time_score": time_train - time_score,
-            "time_train": time_end - time_train,
+            "time_train": time_end - time_train, "tokens_per_second": sum(row_lengths) / (time_end - time_start),
             **hardware(device, 6 * parameters * sum(row_lengths) * cfg.ppo_epochs, time_end - time_train),
         }
         if gold:

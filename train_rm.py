@@ -20,17 +20,18 @@ the total scale S (ours, see README); calibration on held-back pairs by default.
 """
 import fcntl
 import hashlib
-import importlib.util
 import inspect
 import json
 import logging
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import time
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -43,12 +44,14 @@ from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException         # a BaseException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, GenerationConfig
 
 from segment import (WORLD, Granularity, LanguageModel, compute_dtype, encode_chats, fail, is_finished, load_model,
                      load_pairs, load_tokenizer, map_rows, micro_batches, on_rank0, one_line, opt, pad,
-                     prepare_world, rank, read_config, response_positions, say, segment_ends, segment_locations,
+                     prepare_world, rank, read_config, say, segment_ends, segment_locations,
                      sequence_score, setup, start)
 
 GRANULARITIES = ("segment", "token", "bandit")
@@ -104,17 +107,17 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.hf = hf
 
-    @staticmethod
-    def check(hf, path):
-        if not hasattr(hf, "score") or hf.score.bias is not None:
+    def check(self, path):
+        if not hasattr(self.hf, "score") or self.hf.score.bias is not None:
             fail(f"{path}: its sequence classifier has no plain head `score`: not supported")
 
     def forward(self, ids, prompt_lens, response_lens):
         """ids: (B, T) right-padded; lens: (B,). Returns [values (B, R)] in fp32."""
         hidden = self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state       # (B, T, d)
         values = (hidden.float() @ self.hf.score.weight.float().T)[..., 0]                  # (B, T) bf16 is too coarse
-        where = response_positions(prompt_lens, int(response_lens.max()), self.shift)       # (B, R)
-        return [values.gather(1, where.clamp(max=ids.shape[1] - 1))]
+        r = torch.arange(int(response_lens.max()), device=ids.device)                       # (R,)
+        where = (prompt_lens[:, None] + r + self.shift).clamp(max=ids.shape[1] - 1)         # (B, R)
+        return [values.gather(1, where)]                                                    # padding: any number
 
 
 def bradley_terry(scores_chosen, scores_rejected):
@@ -159,20 +162,19 @@ def huber_line(x, y, epsilon=1.35):
     line = np.linalg.lstsq(X, y, rcond=None)[0]
     floor = 1e-9 + 1e-9 * np.abs(y).max()
     sigma = max(floor, (y - X @ line).std())
-    for _ in range(500):
-        before, error = line, np.abs(y - X @ line)
+    for _ in range(100):
+        error = np.abs(y - X @ line)                                                        # (n,)
         sigma = max(floor, sigma * np.sqrt(np.minimum((error / sigma) ** 2, epsilon ** 2).mean()))
-        w = np.minimum(1, epsilon * sigma / np.maximum(error, floor))[:, None]              # (n, 1) outliers count less
-        line = np.linalg.solve(X.T @ (w * X), X.T @ (w[:, 0] * y))
-        if np.abs(line - before).max() < 1e-10:
-            break
+        w = np.sqrt(np.minimum(1, epsilon * sigma / np.maximum(error, floor)))              # (n,) outliers count less
+        line = np.linalg.lstsq(X * w[:, None], y * w, rcond=None)[0]
     return float(line[0]), float(line[1])
 
 
 def fit_normalizer(locations, rewards):
     """Fit a Normalizer to segment rewards. locations: (N,) in (0, 1]; rewards: (N,). Segments are pooled by p
-    rounded to 3 decimals; Huber regressions of the pools' mean and population std on log(mean p of the pool).
-    Raises ValueError when the rewards do not vary."""
+    rounded to 3 decimals; Huber regressions of the pools' mean and population std on log(mean p of the pool), with
+    slope 0 if there is one pool alone. Raises ValueError for rewards that are not finite, do not vary, or hardly share
+    a location."""
     p, y = (np.asarray(a, dtype=np.float64).ravel() for a in (locations, rewards))
     if not len(p) or not np.isfinite(y).all() or not p.min() > 0:
         raise ValueError("needs finite rewards at locations above 0")
@@ -180,13 +182,10 @@ def fit_normalizer(locations, rewards):
     mean = np.bincount(pool, y) / count                                                     # (pools,) each
     std = np.sqrt(np.bincount(pool, (y - mean[pool]) ** 2) / count)
     log_p, several = np.log(np.bincount(pool, p) / count), count > 1                # one value has no deviation
-    if len(count) == 1:
-        fit = Normalizer(0.0, float(mean[0]), 0.0, float(std[0]))
-    elif several.sum() < 2:
+    if several.sum() < min(2, len(count)):
         raise ValueError(f"{len(p)} segments hardly share a location, their deviation cannot be fitted")
-    else:
-        fit = Normalizer(*huber_line(log_p, mean), *huber_line(log_p[several], std[several]),
-                         float(p.min()), float(p.max()))
+    fit = Normalizer(*huber_line(log_p, mean), *huber_line(log_p[several], std[several]),
+                     p_min=float(p.min()), p_max=float(p.max()))
     if not fit.b_std > 1e-6 * (1 + abs(fit.b_mean)):
         raise ValueError("the rewards do not vary, there is nothing to divide by")
     return fit
@@ -203,17 +202,17 @@ def spread_rewards(rewards_at_ends, ends, mask, how):
     >>> spread_rewards(torch.tensor([[0., 4., 3., 0.]]), ends, torch.ones(1, 4, dtype=bool), "even")
     tensor([[2., 2., 3., 0.]])
     """
-    rewards = torch.where(ends & mask, rewards_at_ends, 0.0)
-    if how == "end":
-        return rewards
     if how not in INTERPOLATIONS:
         raise ValueError(f"interpolation {how!r}: one of {', '.join(INTERPOLATIONS)}")
+    ends = ends & mask
+    rewards = torch.where(ends, rewards_at_ends, 0.0)
+    if how == "end":
+        return rewards
     segment = ends.cumsum(1) - ends.long()                               # (B, R) number of ends before this token
-    zeros = torch.zeros(ends.shape[0], ends.shape[1] + 1, dtype=rewards.dtype, device=ends.device)
+    zeros = torch.zeros_like(rewards)                                    # a sum for each segment, 0 behind the last end
     total = zeros.scatter_add(1, segment, rewards).gather(1, segment)    # (B, R) reward of the token's segment
-    length = zeros.scatter_add(1, segment, mask.to(rewards.dtype)).gather(1, segment)
-    inside = mask & (segment < ends.sum(1, keepdim=True))
-    return torch.where(inside, total if how == "repeat" else total / length.clamp(min=1), 0.0)
+    length = zeros.scatter_add(1, segment, torch.ones_like(rewards)).gather(1, segment)
+    return total if how == "repeat" else total / length
 
 
 def rewards_at_ends(values, entropy, mask, finished, cutoff, own, use):
@@ -231,7 +230,7 @@ def rewards_at_ends(values, entropy, mask, finished, cutoff, own, use):
 def normalized_token_rewards(rewards, ends, mask, normalizer, how, scale=1.0):
     """Normalise, interpolate, divide by the scale, clamp to [-10, 10]. All (B, R); returns (B, R)."""
     p = segment_locations(ends)
-    normal = torch.where(ends, (rewards - normalizer.mean(p)) / normalizer.std(p), 0.0)
+    normal = (rewards - normalizer.mean(p)) / normalizer.std(p)          # read at the ends alone
     return (spread_rewards(normal, ends, mask, how) / scale).clamp(-10, 10)
 
 
@@ -245,10 +244,9 @@ def calibrate(batches, cutoff, own):
     for use in GRANULARITIES:
         read = [(*rewards_at_ends(values, entropy, mask, finished, cutoff, own, use), mask)
                 for values, entropy, mask, finished in batches()]                           # [(rewards, ends, mask)]
-        where = [segment_locations(ends) for _, ends, _ in read]
-        p = torch.cat([w[ends] for w, (_, ends, _) in zip(where, read)]).cpu()              # (segments,)
+        p = torch.cat([segment_locations(ends)[ends] for _, ends, _ in read]).cpu()         # (segments,)
         y = torch.cat([rewards[ends] for rewards, ends, _ in read]).cpu()                   # (segments,)
-        last = torch.cat([rewards[w == 1] for w, (rewards, _, _) in zip(where, read)]).cpu()        # (responses,)
+        last = y[p == 1]                                                                    # (responses,)
         try:
             fits = {"location": fit_normalizer(p, y), "global": fit_normalizer(torch.ones_like(p), y),
                     "last": fit_normalizer(torch.ones_like(last), last), "none": Normalizer()}
@@ -270,9 +268,7 @@ def load_function(spec, flag, kind=lambda x: x):
     path, _, name = spec.rpartition(":")
     if not os.path.isfile(path) or not path.endswith(".py"):
         fail(f"{flag} {spec}: must be file.py:function, and {path or spec} is no Python file")
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("judge", path))
-    module.__spec__.loader.exec_module(module)
-    if not inspect.isfunction(f := getattr(module, name, None)):
+    if not inspect.isfunction(f := runpy.run_path(path).get(name)):
         fail(f"{flag} {spec}: {path} has no function {name}")
     takes_finished = "finished" in inspect.signature(f).parameters
 
@@ -286,7 +282,8 @@ def load_function(spec, flag, kind=lambda x: x):
 
 def oracle_scalars(f, tokenizer, rows, stops, device):
     """The true rewards in place of a reward model's scalars: f(prompt, response) -> [(value, end token), ...]; each
-    of a clause's tokens carries its value, so that reading at any segment end works as it does for a model. (B, R)"""
+    of a clause's tokens carries its value, so that reading at any segment end works as it does for a model. (B, R). f
+    reads what the model reads: decoded tokens, a long prompt cut, without special tokens."""
     scalars = torch.zeros(len(rows), max(len(r) for _, r in rows))
     for b, ((prompt, response), done) in enumerate(zip(rows, is_finished(rows, stops).tolist())):
         first = 0
@@ -302,24 +299,25 @@ def oracle_scalars(f, tokenizer, rows, stops, device):
 # ============================================================================================================
 # Plumbing. A run's folder: start, resume, finish; metrics; the stop signal
 # ============================================================================================================
-NOT_COMPARED = ("out", "resume", "wandb", "cache", "calibrate_only", "save_every")     # no number depends on these
+NOT_COMPARED = ("out", "resume", "wandb", "cache", "calibrate_only", "save_every", "sample_every")  # change no number
+OUTPUTS = ("metrics.jsonl", "model", "checkpoint", "leaderboard.csv", "summary.json", "annotations.json")
 
 
-def already_finished(cfg):
-    """True when OUT holds this very run, finished. A run with another config, or an unfinished one without --resume,
-    is the user's mistake: exit code 2, nothing touched. For rank 0."""
-    path, new = f"{cfg.out}/config.json", asdict(cfg)
+def already_finished(cfg, not_compared=NOT_COMPARED, **inputs):
+    """True when OUT holds this very run, finished. A run with another config (or other inputs), or an unfinished one
+    without --resume, is the user's mistake: exit code 2, nothing touched. For rank 0."""
+    path, new = f"{cfg.out}/config.json", asdict(cfg) | inputs
     if not os.path.exists(path):
-        if foreign := [f for f in ("metrics.jsonl", "model", "checkpoint") if os.path.exists(f"{cfg.out}/{f}")]:
+        if foreign := [f for f in OUTPUTS if os.path.exists(f"{cfg.out}/{f}")]:
             fail(f"{cfg.out} holds {foreign[0]} but no config.json, so it is no run of this script; give another --out")
         return False
     old = read_json(path)
     state = "a finished run" if old.get("finished") else "an unfinished run"
     if differs := [f"--{k} was {old.get(k)!r}, now {v!r}" for k, v in new.items()
-                   if k not in NOT_COMPARED and old.get(k) != v]:
+                   if k not in not_compared and old.get(k) != v]:
         fail(f"{cfg.out} holds {state} with another config ({'; '.join(differs)}); give another --out")
     if old.get("finished"):
-        say(f"{cfg.out}: already finished, nothing to do (delete the folder to run again)")
+        say(f"{cfg.out}: already finished (delete the folder to run again)")
     elif not cfg.resume:
         fail(f"{cfg.out} holds {state}; continue it with --resume or give another --out")
     return bool(old.get("finished"))
@@ -357,14 +355,14 @@ def begin_run(cfg, rows, models):
     say(f"{cfg.out}: " + (f"resuming after step {step}" if step else "no checkpoint yet, starting afresh"))
     kept = []
     if os.path.exists(path := f"{cfg.out}/metrics.jsonl"):        # what came after the checkpoint will come again
-        try:                                                      # a torn last line came after the checkpoint
+        try:
             with open(path, encoding="utf-8") as f:
-                kept = [x for x in f if x.endswith("\n") and json.loads(x)["step"] <= step]
-            assert [json.loads(x)["step"] for x in kept] == list(range(1, step + 1)), f"it lacks steps before {step}"
+                kept = [json.loads(line) for line in islice(f, step)]
+            assert [row["step"] for row in kept] == list(range(1, step + 1)), f"it lacks steps before {step}"
         except (ValueError, KeyError, TypeError, AssertionError) as e:
             fail(f"{path}: damaged ({one_line(e)}); mend or move the file, then --resume")
-        write_text(path, "".join(kept))
-    return step, json.loads(kept[-1])["skipped"] if kept else 0
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return step, kept[-1]["skipped"] if kept else 0
 
 
 def may_calibrate(cfg, source, target):
@@ -441,13 +439,7 @@ def hardware(device, flops, seconds):
         return {}
     if not hasattr(hardware, "rate"):
         a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-        for k in range(13):                                       # three to warm up, ten to measure
-            if k == 3:
-                torch.cuda.synchronize()
-                tick = time.time()
-            a @ a
-        torch.cuda.synchronize()
-        hardware.rate = 10 * 2 * 8192 ** 3 / (time.time() - tick)
+        hardware.rate = 2 * 8192 ** 3 / Timer("a @ a", globals={"a": a}).blocked_autorange().median
     return {"mfu": flops / seconds / hardware.rate / dist.get_world_size(),
             "memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30}
 
@@ -500,7 +492,6 @@ def save_checkpoint(cfg, step, pairs, keep=False):
         dcp.save(state, storage_writer=HuggingFaceStorageWriter(folder + ".tmp", index, save_distributed=True))
     except (Exception, CheckpointException) as e:                 # most often a full disk
         fail(f"{folder}: could not be saved ({cause(e)}); an earlier one is untouched, continue with --resume")
-    dist.barrier()
     if rank() == 0:
         os.replace(folder + ".tmp", folder)
         for name in os.listdir(f"{cfg.out}/checkpoint"):
@@ -540,8 +531,7 @@ def export(model, tokenizer, source, folder, dtype):
             except OSError:
                 pass                                              # the model never had one
         shutil.rmtree(folder + ".tmp", ignore_errors=True)
-        tied = set(getattr(hf, "all_tied_weights_keys", None) or ())
-        state = {k[3:]: v.to(dtype).contiguous() for k, v in state.items() if k[3:] not in tied}
+        state = {k[3:]: v.to(dtype).contiguous() for k, v in state.items() if k[3:] not in hf.all_tied_weights_keys}
         try:
             hf.save_pretrained(folder + ".tmp", state_dict=state)
             tokenizer.save_pretrained(folder + ".tmp")
@@ -559,11 +549,13 @@ def export(model, tokenizer, source, folder, dtype):
 # Plumbing. SFT entropies: computed once by all ranks, kept on disk; fingerprints
 # ------------------------------------------------------------------------------------------------------------
 def fingerprint(path):
-    """A hash of a model's weight files: 32 hex digits."""
-    folder = path if os.path.isdir(path) else snapshot_download(path, allow_patterns=["*.safetensors"])
+    """A hash of a model's weights and, for a reward model, of its reward.json: 32 hex digits."""
+    folder = path if os.path.isdir(path) else snapshot_download(path, allow_patterns=["*.safetensors", "reward.json"])
     digest = hashlib.blake2b(digest_size=16)
-    names = [n for n in sorted(os.listdir(folder)) if n.endswith(".safetensors")]
-    for name in names or fail(f"{path}: no .safetensors weights there"):
+    names = [n for n in sorted(os.listdir(folder)) if n.endswith(".safetensors") or n == "reward.json"]
+    if names in ([], ["reward.json"]):
+        fail(f"{path}: no .safetensors weights there")
+    for name in names:
         with open(f"{folder}/{name}", "rb") as f:
             while block := f.read(1 << 24):
                 digest.update(block)
@@ -572,11 +564,8 @@ def fingerprint(path):
 
 def sft_entropies(cfg, rows, device, key):
     """[float32 (R,)] per row: the SFT model's entropy after each response token. Shards of 2,048 rows are named by
-    (key, their tokens) and appear whole or not at all, so a killed pass goes on where it was."""
-    try:
-        os.makedirs(cfg.cache, exist_ok=True)
-    except OSError as e:
-        fail(f"--cache {cfg.cache}: cannot be written ({e.strerror})")
+    (key, dtype, their tokens) and appear whole or not at all, so a killed pass goes on where it was."""
+    os.makedirs(cfg.cache, exist_ok=True)
     model, entropies, dtype = None, [], compute_dtype(cfg.dtype, device)
     for k in range(0, len(rows), 2048):
         shard = rows[k:k + 2048]
@@ -602,15 +591,6 @@ def sft_entropies(cfg, rows, device, key):
             fail(f"{path}: damaged cache file; delete it, it will be computed again")
         entropies += np.split(flat, np.cumsum(lengths)[:-1])
     return entropies
-
-
-def grid(lists, lengths, device):
-    """[(R,) arrays] -> (B, R) float tensor, 0 on padding, and its mask (B, R)"""
-    out = np.zeros((len(lists), max(lengths)), dtype=np.float32)
-    for b, (row, n) in enumerate(zip(lists, lengths)):
-        out[b, :n] = row[:n]
-    mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-    return torch.from_numpy(out).to(device), mask
 
 
 def learning_rate(step, steps, warmup):
@@ -647,30 +627,34 @@ def main(cfg):
     # data: pair i is the rows 2i (chosen) and 2i + 1 (rejected); a seeded split keeps calibration pairs unseen
     # --------------------------------------------------------------------------------------------------------
     def encode(source):
-        rows, chats = [], []
-        for prompt, chosen, rejected, where in tqdm(load_pairs(source, cfg.max_samples), f"encoding {source}",
-                                                    disable=True if rank() else None, leave=False, delay=2):
-            chats += [(prompt, chosen, where), (prompt, rejected, where)]
-            if len(chats) >= 4096:                               # in blocks: text is bulky, token ids are not
-                rows, chats = rows + encode_chats(tokenizer, stops, chats, cfg.max_tokens, cfg.max_prompt_tokens), []
-        return rows + encode_chats(tokenizer, stops, chats, cfg.max_tokens, cfg.max_prompt_tokens)
+        rows, pairs = [], load_pairs(source, cfg.max_samples)
+        pairs = iter(tqdm(pairs, f"encoding {source}", disable=True if rank() else None, leave=False, delay=2))
+        while block := list(islice(pairs, 2048)):                # in blocks: text is bulky, token ids are not
+            chats = [(prompt, text, where) for prompt, *both, where in block for text in both]
+            rows += encode_chats(tokenizer, stops, chats, cfg.max_tokens, cfg.max_prompt_tokens)
+        return rows
 
     rows = encode(cfg.data)
     n = len(rows) // 2
+    if not n:
+        fail(f"{cfg.data}: no pair is left")
     order = np.random.default_rng(cfg.seed).permutation(n)
     n_eval = 0 if cfg.eval_data or cfg.calibrate_only else max(1, min(n // 50, 2000))
     n_calibration = min(max(n // 20, min(n // 4, 16), 1), 60000)                # 5 %, but 16 pairs if there are few
     eval_pairs, calibration, train = np.split(order, [n_eval, n_eval + n_calibration])
-    if cfg.eval_data and not cfg.calibrate_only:
-        rows += encode(cfg.eval_data)
-        eval_pairs = np.arange(n, len(rows) // 2)
-    if not len(eval_pairs) and not cfg.calibrate_only:
-        fail(f"{cfg.eval_data or cfg.data}: no pair is left to evaluate on")
-    if len(train) < cfg.batch_size and not cfg.calibrate_only:
-        fail(f"{cfg.data}: {len(train)} training pairs (of {n}) do not fill one --batch_size {cfg.batch_size}")
-    per_epoch = max(1, len(train) // cfg.batch_size)
-    steps = min(cfg.max_steps, cfg.epochs * per_epoch) if cfg.max_steps else cfg.epochs * per_epoch
-    finished = is_finished(rows, stops)                          # (rows,)
+    steps = per_epoch = 0                                        # --calibrate_only trains nothing
+    if not cfg.calibrate_only:
+        if cfg.eval_data:
+            rows += encode(cfg.eval_data)
+            eval_pairs = np.arange(n, len(rows) // 2)
+        if not len(eval_pairs):
+            fail(f"{cfg.eval_data or cfg.data}: no pair is left to evaluate on")
+        per_epoch = len(train) // cfg.batch_size
+        if not per_epoch:
+            fail(f"{cfg.data}: {len(train)} training pairs (of {n}) do not fill one --batch_size {cfg.batch_size}")
+        steps = min(cfg.max_steps or math.inf, cfg.epochs * per_epoch)
+    finished, size = is_finished(rows, stops), [len(p) + len(r) for p, r in rows]           # (rows,) each
+    rows_of = lambda pairs: [2 * int(i) + side for i in pairs for side in (0, 1)]
 
     say(f"{n} pairs: {len(train)} to train, {len(eval_pairs)} held out, {len(calibration)} to calibrate; "
         f"{float(finished.float().mean()):.1%} of the responses are finished\n"
@@ -679,14 +663,16 @@ def main(cfg):
     # SFT entropies: segments of the training pairs are needed only to train on segments
     key = on_rank0(fingerprint, cfg.model)
     wanted = range(len(rows)) if cfg.granularity == "segment" and not cfg.calibrate_only else \
-        sorted(int(i) * 2 + side for i in calibration for side in (0, 1))
+        sorted(rows_of(calibration))
     entropies = dict(zip(wanted, sft_entropies(cfg, [rows[i] for i in wanted], device, key)))
     nothing = np.zeros(cfg.max_tokens, dtype=np.float32)
 
     def batch_of(index):
         """rows -> entropy (B, R), mask (B, R), finished (B,)"""
-        entropy, mask = grid([entropies.get(i, nothing) for i in index], [len(rows[i][1]) for i in index], device)
-        return entropy, mask, finished[index].to(device)
+        lengths = torch.tensor([len(rows[i][1]) for i in index])                                     # (B,)
+        entropy = pad_sequence([torch.tensor(entropies.get(i, nothing)[:n]) for i, n in zip(index, lengths)], True)
+        mask = torch.arange(entropy.shape[1]) < lengths[:, None]
+        return entropy.to(device), mask.to(device), finished[index].to(device)
 
     def scores_of(values, index):
         entropy, mask, done = batch_of(index)
@@ -698,16 +684,15 @@ def main(cfg):
     hidden = read_config(source).hidden_size
     model = load_model(source, ScalarModel, device, dtype, train=not cfg.calibrate_only, seed=cfg.seed,
                        grad_checkpoint=cfg.grad_checkpoint, head_std=None if ready else 1 / (hidden + 1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, foreach=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, foreach=True)
     trained, parameters = {"rm": (model, optimizer)}, sum(p.numel() for p in model.parameters())
 
     def evaluate(pairs):
         """Accuracy on held-out pairs: the share whose chosen response scores higher; a tie counts half."""
-        index = [int(i) * 2 + side for i in pairs for side in (0, 1)]
+        index = rows_of(pairs)
         values = map_rows(model, [rows[i] for i in index], cfg.micro_tokens, device)[0]              # (2n, R)
         scores = scores_of(values, index)
-        margin = scores[0::2] - scores[1::2]                                                         # (n,)
-        return float((margin > 0).float().mean() + (margin == 0).float().mean() / 2)
+        return float((scores[0::2] - scores[1::2]).sign().mean() + 1) / 2
 
     # --------------------------------------------------------------------------------------------------------
     # training: Bradley-Terry on mean segment rewards
@@ -719,19 +704,18 @@ def main(cfg):
     if first_step:
         load_checkpoint(cfg, first_step, trained)
     stop, began = StopSignal(), time.time()
-    for step in range(first_step, steps) if not cfg.calibrate_only else ():
+    for step in range(first_step, steps):
         tick = time.time()
         epoch, position = divmod(step, per_epoch)
         shuffled = np.random.default_rng([cfg.seed, epoch]).permutation(train)
         mb_pairs = shuffled[position * cfg.batch_size:(position + 1) * cfg.batch_size]               # global batch
-        lengths = [2 * max(sum(map(len, rows[2 * i])), sum(map(len, rows[2 * i + 1]))) for i in mb_pairs]
-        tokens = sum(len(rows[2 * i + side][k]) for i in mb_pairs for side in (0, 1) for k in (0, 1))
+        lengths = [2 * max(size[2 * i], size[2 * i + 1]) for i in mb_pairs]
+        tokens = sum(size[i] for i in rows_of(mb_pairs))
         sums = torch.zeros(2, device=device)                                                         # loss, right
         for micro in micro_batches(lengths, cfg.micro_tokens, ranks)[rank()::ranks]:
-            chosen = [2 * int(mb_pairs[i]) for i in micro or [int(np.argmin(lengths))]]
-            index = chosen + [i + 1 for i in chosen]                                             # a pair is never split
+            index = rows_of(mb_pairs[micro] if micro else mb_pairs[:1])                          # a pair is never split
             scores = scores_of(model(*pad([rows[i] for i in index], device))[0], index)              # (2b,)
-            losses = bradley_terry(*scores.chunk(2))                                                 # (b,)
+            losses = bradley_terry(scores[0::2], scores[1::2])                                       # (b,)
             # FSDP averages gradients over ranks, so a micro-batch weighs (its pairs / global pairs) x ranks
             (losses.sum() * (ranks / cfg.batch_size if micro else 0.0)).backward()
             if micro:
@@ -740,8 +724,7 @@ def main(cfg):
         dist.all_reduce(sums)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm).full_tensor()
         lr = cfg.lr * learning_rate(step, steps, cfg.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
         skipped = 0 if torch.isfinite(norm) else skipped + 1
         if not skipped:                                          # a step that is not finite changes nothing
             optimizer.step()
@@ -780,7 +763,7 @@ def main(cfg):
     # --------------------------------------------------------------------------------------------------------
     # calibration: the statistics by which PPO normalises, on pairs that were not trained on
     # --------------------------------------------------------------------------------------------------------
-    index = [int(i) * 2 + side for i in calibration for side in (0, 1)]
+    index = rows_of(calibration)
     blocks = [index[k:k + 1024] for k in range(0, len(index), 1024)]
     true = load_function(cfg.oracle, "--oracle") if cfg.oracle else None
     values = [oracle_scalars(true, tokenizer, [rows[i] for i in block], stops, device) if true else
