@@ -983,7 +983,8 @@ def test_metrics_and_files_of_a_run(runs):
     lines = [json.loads(line) for line in open(f"{ppo}/metrics.jsonl")]
     assert [x["step"] for x in lines] == [1, 2, 3]
     names = "kl kl_per_token reward gold response_length response_tokens segment_length finished clip_fraction " \
-            "entropy explained_variance time_generate time_score time_train tokens_per_second"
+            "entropy explained_variance time_generate time_score time_train tokens_per_second " \
+            "tokens_per_second_generate tokens_per_second_score tokens_per_second_train"
     assert all(set(names.split()) <= x.keys() for x in lines)
     assert all(abs(x["first_ratio"] - 1) < 1e-5 and x["sampler_gap"] < 1e-3 for x in lines)
     assert abs(lines[0]["kl"]) < 1e-4                       # the policy is still the SFT model
@@ -1021,7 +1022,7 @@ def test_the_segment_script_shows_segments_their_rewards_and_a_cutoff(world, run
     assert abs(float(length) - 12) < .5
     table = re.findall(r"^ +\d.* (\S+)$", show("--cutoff", cutoff, "--show", "0"), re.M)
     assert len(table) == 10 and length in table                              # as promised
-    assert "mother really hears me." in show("--text", "mother really hears me. rain really killed it in one minute.")
+    assert "hears me. | rain" in show("--text", "mother really hears me. rain really killed it in one minute.")
 
 
 def test_a_finished_run_is_never_touched(runs, world, capsys):

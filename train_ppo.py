@@ -461,6 +461,7 @@ def main(cfg):
         # ----------------------------------------------------------------------------------------------------
         sums = (sums / (cfg.ppo_epochs * B)).tolist()            # waits for the GPU, so that the clock is right
         done, time_end = iteration + 1, time.time()
+        phases = {"generate": time_score - time_start, "score": time_train - time_score, "train": time_end - time_train}
         n_tokens, n_ends = int(mask.sum()), int(ends.sum())
         variance, unexplained = returns[mask].var(correction=0), (returns - values)[mask].var(correction=0)
         row = {
@@ -473,10 +474,12 @@ def main(cfg):
             "explained_variance": float(1 - unexplained / variance) if variance > 0 else 0.0,
             "actor_grad_norm": float(norms[0]) / updates, "critic_grad_norm": float(norms[1]) / updates,
             "lr": cfg.actor_lr * rate, "skipped": skipped,
-            "time_generate": time_score - time_start, "time_score": time_train - time_score,
-            "time_train": time_end - time_train, "tokens_per_second": sum(row_lengths) / (time_end - time_start),
-            **hardware(device, 6 * parameters * sum(row_lengths) * cfg.ppo_epochs, time_end - time_train),
+            "tokens_per_second": sum(row_lengths) / (time_end - time_start),
+            **hardware(device, 6 * parameters * sum(row_lengths) * cfg.ppo_epochs, phases["train"]),
         }
+        for phase, seconds in phases.items():                    # sampling makes response tokens, the others read all
+            row[f"time_{phase}"] = seconds
+            row[f"tokens_per_second_{phase}"] = (n_tokens if phase == "generate" else sum(row_lengths)) / seconds
         if gold:
             row["gold"] = float(np.mean(true))
         log_metrics(cfg, done, row)
@@ -484,8 +487,9 @@ def main(cfg):
         say(f"step {done}/{iterations} | reward {row['reward']:+.3f}" + (f" | gold {row['gold']:+.3f}" if gold else "")
             + f" | kl {row['kl']:.2f} | length {row['response_length']:.0f} | finished {row['finished']:.2f} | "
             f"clip {row['clip_fraction']:.3f} | ev {row['explained_variance']:+.2f} | "
-            f"{row['tokens_per_second']:,.0f} tokens/s (generate {row['time_generate']:.1f} s, "
-            f"score {row['time_score']:.1f}, train {row['time_train']:.1f}) | {eta:.0f} s left")
+            f"{row['tokens_per_second']:,.0f} tokens/s (" + ", ".join(
+                f"{phase} {seconds:.1f} s at {row[f'tokens_per_second_{phase}']:,.0f}" for phase, seconds
+                in phases.items()) + f") | {eta:.0f} s left")
         if done % cfg.sample_every == 0 or done == iterations:
             pieces = segment_texts(tokenizer, rows[0][1], ends[0].cpu())
             say(f"  user: {chats[drawn[0]][-1]['content']}\n  {paint(pieces, rewards[0, ends[0]].tolist())}")

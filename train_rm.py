@@ -736,7 +736,8 @@ def main(cfg):
                "time_step": seconds, "tokens_per_second": tokens / seconds,
                **hardware(device, 6 * parameters * tokens, seconds)}
         if done % cfg.eval_every == 0 or done == steps:
-            row["eval_accuracy"] = evaluate(eval_pairs)
+            tick = time.time()
+            row |= {"eval_accuracy": evaluate(eval_pairs), "time_eval": time.time() - tick}
         log_metrics(cfg, done, row)
         eta = (time.time() - began) / (done - first_step) * (steps - done)
         if done % 10 == 0 or done == steps or seconds > 5 or "eval_accuracy" in row:
