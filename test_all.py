@@ -32,7 +32,7 @@ from unicodedata import normalize as nfc
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")               # two runs at a time, one thread each
 os.environ["HF_HUB_OFFLINE"] = "1"                          # nothing here may reach the network
-HAS_CUDA = bool(shutil.which("nvidia-smi")) and not subprocess.run(
+HAS_CUDA = bool(shutil.which("nvidia-smi") or glob.glob("/dev/nvidia*")) and not subprocess.run(
     [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"]).returncode
 VISIBLE, os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES"), ""     # CUDA in section 9 alone
 

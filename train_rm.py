@@ -26,6 +26,7 @@ import logging
 import math
 import os
 import re
+import resource
 import runpy
 import shutil
 import signal
@@ -45,7 +46,6 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException         # a BaseException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, GenerationConfig
 
@@ -434,10 +434,11 @@ def wandb_run(cfg):
 
 
 def hardware(device, flops, seconds):
-    """Model FLOP utilisation, against this GPU's own bf16 matmul rate, and peak memory. Nothing on a CPU."""
+    """Peak memory of this process so far; on a GPU its own, and model FLOP utilisation against its bf16 matmul rate."""
     if device.type == "cpu":
-        return {}
+        return {"memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20}
     if not hasattr(hardware, "rate"):
+        from torch.utils.benchmark import Timer                  # its import warns where there is no GPU
         a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
         hardware.rate = 2 * 8192 ** 3 / Timer("a @ a", globals={"a": a}).blocked_autorange().median
     return {"mfu": flops / seconds / hardware.rate / dist.get_world_size(),
