@@ -577,7 +577,7 @@ def figures(policies, difficulty=None, gamed={}):
     table = dict(sorted(table.items(), key=lambda kv: -np.nan_to_num(kv[1]["length_controlled_winrate"], nan=-1)))
     differences = []
     for one, other in combinations(table, 2):
-        prompts, others = ([r.get("instruction") for r in policies[name]] for name in (one, other))
+        prompts, others = ([(r.get("instruction"), r.get("index")) for r in policies[name]] for name in (one, other))
         if prompts == others:                                    # the same prompts in the same order: rows are pairs
             d, influence = by_row[one] - by_row[other]                                               # (n,) each
             d, lc = d[~np.isnan(d)], "length_controlled_winrate"
