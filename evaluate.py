@@ -269,9 +269,16 @@ def open_reward_model(cfg, path, device):
     context = read_config(path).max_position_embeddings
     model = load_model(path, ScalarModel, device, dtype)
     if saved["granularity"] == "segment":                        # the SFT model's entropies cut its segments
-        sft = load_model(saved["sft_model"], LanguageModel, device, dtype)
-        if on_rank0(fingerprint, saved["sft_model"]) != saved["sft_fingerprint"]:
-            fail(f"{path}: its segments need {saved['sft_model']}, which has other weights by now")
+        def find():
+            for source in (saved["sft_model"], cfg.baseline):
+                try:
+                    if fingerprint(source) == saved["sft_fingerprint"]:
+                        return source
+                except Exception:                                # neither a folder nor a model of the hub
+                    pass
+            fail(f"{path}: its segments need {saved['sft_model']}, which isn't there or has other weights by now; "
+                 "--baseline can name it")
+        sft = load_model(on_rank0(find), LanguageModel, device, dtype)
 
     def read(answers, texts=False):
         limit = min(cfg.max_prompt_tokens, context // 2)
@@ -371,8 +378,8 @@ def ask(cfg, key, question, logprobs=True):
     try:
         with urllib.request.build_opener(AnyStatus).open(request, timeout=cfg.timeout) as r:
             status, wait, text = r.status, r.headers.get("Retry-After", ""), r.read().decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException) as e:            # time-outs, refused and broken connections
-        raise Failed("network", f"no answer: {e or type(e).__name__}")
+    except (OSError, ValueError, http.client.HTTPException) as e:          # time-outs, refused and broken connections
+        raise Failed("network", f"no answer: {str(e) or type(e).__name__}")
     if status in (400, 422) and logprobs:                        # a server that offers none may refuse to be asked
         return ask(cfg, key, question, logprobs=False)
     if status != 200:
@@ -482,7 +489,7 @@ def begin(cfg, sources):
 # ------------------------------------------------------------------------------------------------------------
 def name_of(source):
     """out/ppo/model -> ppo; results/claude.json -> claude"""
-    name = FILE.sub("", os.path.basename(source.rstrip("/").removesuffix("/model")))
+    name = FILE.sub("", os.path.basename(source.rstrip("/").removesuffix("/model"))) or "model"
     return name + "-model" if name in ("config", "annotations", "summary", "pairs") else name
 
 
@@ -543,6 +550,8 @@ def read_annotations(sources, by="generator_2"):
     for source in sources:
         for n, row in read_rows(source):
             p = row["preference"] if "preference" in row else row.get("preference_surrogate", "nothing")
+            if not isinstance(row.get("instruction", ""), (str, type(None))):
+                fail(f"{source} row {n}: the instruction is no text")
             if p is not None and not (isinstance(p, (int, float)) and (p == 0 or 1 <= p <= 2 or p != p)):
                 fail(f"{source} row {n}: preference must be in [1, 2] or null; here it is {p!r}")
             row = row | {"preference": p}
@@ -551,7 +560,7 @@ def read_annotations(sources, by="generator_2"):
                     row[f"len_{k}"] = len(row[f"output_{k}"])
                 elif not isinstance(row.get(f"len_{k}"), (int, float)) or not 0 <= row[f"len_{k}"] < 2 ** 63:
                     fail(f"{source} row {n}: needs output_{k} or len_{k}")
-            name = row.get(by) or row.get("generator_2") or name_of(source)
+            name = next((row[c] for c in (by, "generator_2") if row.get(c) is not None), name_of(source))
             groups.setdefault(clean(str(name)), []).append(row)
     return groups
 
@@ -559,7 +568,7 @@ def read_annotations(sources, by="generator_2"):
 def figures(policies, difficulty=None, gamed={}):
     """{name: rows} -> {name: leaderboard row}, best first, and [paired differences between two policies]."""
     columns = lambda rows: [[r[c] for r in rows] for c in ("preference", "len_1", "len_2")]
-    variants, table, by_row = [(*columns(rows), difficulty) for rows in gamed.values()], {}, {}
+    variants, table, by_prompt = [(*columns(rows), difficulty) for rows in gamed.values()], {}, {}
     for name, rows in policies.items():
         preferences, a, b = columns(rows)
         try:
@@ -573,23 +582,24 @@ def figures(policies, difficulty=None, gamed={}):
         for k in ("score_1", "score_2"):
             if scores := [r[k] for r in rows if isinstance(r.get(k), (int, float))]:
                 table[name][k] = float(np.mean(scores))
-        by_row[name] = np.stack([outcomes(preferences), influence])                         # (2, n)
+        prompts, seen = [r.get("instruction") or r.get("index", n) for n, r in enumerate(rows)], Counter()
+        keys = [(k, seen.update([k]) or seen[k]) for k in prompts]                          # a prompt may come twice
+        by_prompt[name] = dict(zip(keys, zip(outcomes(preferences), influence)))
     table = dict(sorted(table.items(), key=lambda kv: -np.nan_to_num(kv[1]["length_controlled_winrate"], nan=-1)))
     differences = []
     for one, other in combinations(table, 2):
-        prompts, others = ([(r.get("instruction"), r.get("index")) for r in policies[name]] for name in (one, other))
-        if prompts == others:                                    # the same prompts in the same order: rows are pairs
-            d, influence = by_row[one] - by_row[other]                                               # (n,) each
-            d, lc = d[~np.isnan(d)], "length_controlled_winrate"
-            differences.append({
-                "policy": one, "other": other, "n": len(d), "win_rate": 100 * float(d.mean()) if len(d) else math.nan,
-                "standard_error": standard_error(d), lc: table[one][lc] - table[other][lc],
-                "lc_standard_error": standard_error(influence)})
+        both = [by_prompt[one][k] + by_prompt[other][k] for k in by_prompt[one] if k in by_prompt[other]]
+        y, i, z, j = np.array(both, dtype=np.float64).reshape(-1, 4).T                               # (n,) each
+        d, lc = (y - z)[~np.isnan(y - z)], "length_controlled_winrate"
+        differences.append({
+            "policy": one, "other": other, "n": len(d), "win_rate": 100 * float(d.mean()) if len(d) else math.nan,
+            "standard_error": standard_error(d), lc: table[one][lc] - table[other][lc],
+            "lc_standard_error": standard_error(i - j)})
     return table, differences
 
 
 def print_figures(table, differences):
-    wide = max(len("policy"), *map(len, table))
+    wide, places = max(len("policy"), *map(len, table)), list(table)
     rates = lambda r, sign="": (f"{r['win_rate']:{sign}6.2f} +- {r['standard_error']:.2f}   "
                                 f"{r['length_controlled_winrate']:{sign}6.2f} +- {r['lc_standard_error']:.2f}")
     say(f"\n{'policy':{wide}}    win rate      length-controlled  wins/draws/losses  characters    mean score")
@@ -599,7 +609,8 @@ def print_figures(table, differences):
             score = f"{r['score_2']:+.3f} vs {r['score_1']:+.3f}"
         say(f"{name:{wide}}  {rates(r)}       {counts:17}  {r['avg_length']} vs {r['avg_length_baseline']}   {score}")
     for d in differences:
-        say(f"{d['policy']} - {d['other']}, paired (n = {d['n']}): {rates(d, '+')}")
+        if places.index(d["other"]) == places.index(d["policy"]) + 1:                       # the others: summary.json
+            say(f"{d['policy']} - {d['other']}, paired (n = {d['n']}): {rates(d, '+')}")
     for name, r in table.items():
         if math.isnan(r["length_controlled_winrate"]):
             say(f"warning: {name}: length tells wins from losses perfectly, so no length-controlled win rate exists")
@@ -615,13 +626,19 @@ def report(cfg, policies, segments):
     difficulty = read_json(cfg.difficulty, list) if cfg.difficulty else None
     if cfg.difficulty and not all(isinstance(d, (int, float)) and abs(d) < 1e6 for d in difficulty):
         fail(f"--difficulty {cfg.difficulty}: must be a JSON list of numbers")
+    texts = [row.get(f"output_{k}") for rows in policies.values() for row in rows for k in (1, 2)]
+    if cfg.html and not all(isinstance(text, str) for text in texts):
+        fail("--html needs the outputs, these annotations hold only their lengths")
     table, differences = figures(policies, difficulty, read_annotations(cfg.gamed, by="variant"))
     print_figures(table, differences)
     if cfg.annotations:
-        if os.path.exists(f"{cfg.out}/config.json") and not read_json(f"{cfg.out}/config.json").get("annotations"):
+        path = f"{cfg.out}/config.json"
+        if not os.path.exists(path):
+            already_finished(cfg)                                # refuses a folder that holds somebody's files
+        elif not read_json(path).get("annotations"):
             return say(f"{cfg.out} holds a run, so nothing is written there; --out takes another folder")
         lock(cfg.out)
-        write_json(f"{cfg.out}/config.json", asdict(cfg))
+        write_json(path, asdict(cfg))
     finite, text = json.loads(json.dumps([table, differences]), parse_constant=lambda nan: None), io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(
         [("", *LEADERBOARD), *((name, *(r[c] for c in LEADERBOARD)) for name, r in finite[0].items())])
@@ -704,7 +721,7 @@ def page(cfg, table, differences, policies, segments):
             for k in (1, 2):
                 score = f", score {row[f'score_{k}']:+.3f}" if isinstance(row.get(f"score_{k}"), (int, float)) else ""
                 text = "".join(shade(*s) for s in segments.get((name, n), ()) if k == 2)
-                text = text or e(row.get(f"output_{k}", ""))
+                text = text or e(row[f"output_{k}"])
                 sides += (f'<section{" class=best" if k == winner else ""}><small>{e(row.get(f"generator_{k}"))}, '
                           f'{row[f"len_{k}"]} characters{score}</small><div class="text">{text}</div></section>')
             body.append(f'<article><header><div class="text">{e(row.get("instruction"))}</div><small>{n + 1}. '

@@ -313,9 +313,9 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
     train: fp32 master weights, computed in dtype with fp32 gradient reduction; else weights in dtype without
     gradients. head_std: where the checkpoint has no scalar head, draw one with this standard deviation.
     """
-    slow = device.type == "cpu" and dtype is torch.bfloat16     # fused attention takes up to twice the time there
-    config = read_config(path, **wrap.settings, attn_implementation="eager" if slow else None)
-    kind = wrap.auto_class
+    config, kind = read_config(path, **wrap.settings), wrap.auto_class
+    if device.type == "cpu" and dtype is torch.bfloat16 and config.max_position_embeddings <= 512:
+        config._attn_implementation = "eager"                   # for so few tokens the fused one takes twice the time
     use_cores(config)
     stored = torch.float32 if train else dtype
     full = None

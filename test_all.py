@@ -256,6 +256,8 @@ def test_calibrate_gives_the_deviation_of_a_response_total():
     assert statistics["bandit"]["location"]["w_mean"] == 0                   # one location: the sequence score's mean
     score = float(sequence_score(values, ends).mean())
     assert statistics["bandit"]["location"]["b_mean"] == pytest.approx(score, abs=1e-5)
+    half = fit_normalizer([.5] * 3, [1., 2., 3.])                            # one location, wherever it is
+    assert (half.w_mean, half.w_std, half.b_mean) == (0, 0, pytest.approx(2))
 
 
 def test_bradley_terry_by_hand():
@@ -1937,8 +1939,8 @@ def test_a_key_is_hidden_before_the_text_is_cut(tmp_path, capsys, monkeypatch):
         everything = out.out + out.err + "".join(map(repr, tree(f"{tmp_path}/{n}").values()))
         assert "sk-sec" not in everything and "***" in out.err, out.err
     monkeypatch.setattr(Handler, "do_POST", lambda self: self.wfile.write(f"HTTP/1.1 {key} no status\r\n".encode()))
-    refused(capsys, lambda: E.main(config(tmp_path, api_base=Server().url, tries=1, n=1, out=f"{tmp_path}/line")))
-    assert key not in "".join(map(repr, tree(f"{tmp_path}/line").values()))
+    message = refused(capsys, lambda: E.main(config(tmp_path, api_base=Server().url, tries=1, n=1)))
+    assert "***" in message and key not in message
 
 
 @pytest.mark.parametrize("text,label", [("A", "A"), (" B.", "B"), ("**A**", "A"), ("Answer: B", "B"),
@@ -2016,7 +2018,7 @@ def evaluate_run(world, runs, out, **kw):
     return json.load(open(f"{out}/annotations.json"))
 
 
-def test_end_to_end_with_a_reward_model(world, runs, tmp_path):
+def test_end_to_end_with_a_reward_model(world, runs, tmp_path, capsys):
     rows = evaluate_run(world, runs, tmp_path / "one", html=True)
     for r in rows:
         assert r["preference"] == pytest.approx(1 + 1 / (1 + math.exp(r["score_1"] - r["score_2"])))
@@ -2031,6 +2033,13 @@ def test_end_to_end_with_a_reward_model(world, runs, tmp_path):
     assert evaluate_run(world, runs, tmp_path / "two", generation_batch_size=5) == rows
     assert len(open(tmp_path / "two/generations.jsonl").readlines()) in (24, 25)
     assert evaluate_run(world, runs, tmp_path / "three", seed=1) != rows
+    moved = shutil.copytree(runs["rm"].result() + "/model", tmp_path / "moved")
+    reward = json.load(open(moved / "reward.json"))
+    write(moved / "reward.json", json.dumps(reward | {"sft_model": "/nowhere/sft"}))            # found by --baseline
+    assert [r["preference"] for r in evaluate_run(world, runs, tmp_path / "four", judge=str(moved))] == \
+        [r["preference"] for r in rows]
+    write(moved / "reward.json", json.dumps(reward | {"sft_fingerprint": "0" * 32}))
+    assert "other weights" in refused(capsys, lambda: evaluate_run(world, runs, tmp_path / "five", judge=str(moved)))
     for ours, theirs in zip(rows, json.load(open(runs["judged"].result() + "/annotations.json")), strict=True):
         assert ours["output_1"] == theirs["output_1"] and ours["output_2"] == theirs["output_2"]          # on two ranks
         assert ours["preference"] == pytest.approx(theirs["preference"], abs=1e-5)
@@ -2068,6 +2077,23 @@ def test_pair_accuracy(tmp_path, capsys):
     got = {k: (v["accuracy"], v["n"]) for k, v in json.load(open(tmp_path / "out/pairs.json")).items()}
     assert got == {"all": (62.5, 4), "chosen is longer": (100, 2), "chosen is shorter": (0, 1), "same length": (50, 1),
                    "subset s1": (75, 2), "subset s2": (50, 2)}
+
+
+def test_paired_differences_belong_to_the_prompt_and_files_of_others_stay(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    a = [{"index": n, "preference": 1 + x, "len_1": 5 + n % 3, "len_2": 5} for n, x in enumerate(rng.random(40))]
+    b = [row | {"preference": min(2, row["preference"] + .01)} for row in a]
+    for rows, n in ((b, 40), (b[::-1], 40), (b[1:], 39)):
+        E.main(E.Config(annotations=[write(f"{tmp_path}/a.jsonl", a), write(f"{tmp_path}/b.jsonl", rows)],
+                        out=f"{tmp_path}/out{n}"))
+        difference, = json.load(open(f"{tmp_path}/out{n}/summary.json"))["differences"]
+        assert difference["n"] == n and difference["standard_error"] < .1
+    mine = write(f"{tmp_path}/leaderboard.csv", "mine")
+    assert "give another --out" in refused(capsys, lambda: E.main(E.Config(annotations=[f"{tmp_path}/a.jsonl"],
+                                                                           out=f"{tmp_path}")))
+    assert open(mine).read() == "mine"
+    assert "only their lengths" in refused(capsys, lambda: E.main(E.Config(
+        annotations=[f"{tmp_path}/a.jsonl"], html=True, out=f"{tmp_path}/page")))
 
 
 def test_page_escapes(tmp_path):

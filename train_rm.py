@@ -162,7 +162,7 @@ def huber_line(x, y, epsilon=1.35):
     line = np.linalg.lstsq(X, y, rcond=None)[0]
     floor = 1e-9 + 1e-9 * np.abs(y).max()
     sigma = max(floor, (y - X @ line).std())
-    for _ in range(100):
+    for _ in range(500):
         error = np.abs(y - X @ line)                                                        # (n,)
         sigma = max(floor, sigma * np.sqrt(np.minimum((error / sigma) ** 2, epsilon ** 2).mean()))
         w = np.sqrt(np.minimum(1, epsilon * sigma / np.maximum(error, floor)))              # (n,) outliers count less
@@ -182,6 +182,7 @@ def fit_normalizer(locations, rewards):
     mean = np.bincount(pool, y) / count                                                     # (pools,) each
     std = np.sqrt(np.bincount(pool, (y - mean[pool]) ** 2) / count)
     log_p, several = np.log(np.bincount(pool, p) / count), count > 1                # one value has no deviation
+    log_p = log_p if len(count) > 1 else log_p * 0                                  # and one location no slope
     if several.sum() < min(2, len(count)):
         raise ValueError(f"{len(p)} segments hardly share a location, their deviation cannot be fitted")
     fit = Normalizer(*huber_line(log_p, mean), *huber_line(log_p[several], std[several]),
@@ -315,7 +316,7 @@ def already_finished(cfg, not_compared=NOT_COMPARED, **inputs):
     state = "a finished run" if old.get("finished") else "an unfinished run"
     if differs := [f"--{k} was {old.get(k)!r}, now {v!r}" for k, v in new.items()
                    if k not in not_compared and old.get(k) != v]:
-        fail(f"{cfg.out} holds {state} with another config ({'; '.join(differs)}); give another --out")
+        fail(f"{cfg.out} holds {state} with another config ({'; '.join(differs)[:300]}); give another --out")
     if old.get("finished"):
         say(f"{cfg.out}: already finished (delete the folder to run again)")
     elif not cfg.resume:
@@ -566,7 +567,10 @@ def fingerprint(path):
 def sft_entropies(cfg, rows, device, key):
     """[float32 (R,)] per row: the SFT model's entropy after each response token. Shards of 2,048 rows are named by
     (key, dtype, their tokens) and appear whole or not at all, so a killed pass goes on where it was."""
-    os.makedirs(cfg.cache, exist_ok=True)
+    try:
+        os.makedirs(cfg.cache, exist_ok=True)
+    except OSError as e:
+        fail(f"--cache {cfg.cache}: cannot be written ({e.strerror})")
     model, entropies, dtype = None, [], compute_dtype(cfg.dtype, device)
     for k in range(0, len(rows), 2048):
         shard = rows[k:k + 2048]
@@ -658,8 +662,9 @@ def main(cfg):
     rows_of = lambda pairs: [2 * int(i) + side for i in pairs for side in (0, 1)]
 
     say(f"{n} pairs: {len(train)} to train, {len(eval_pairs)} held out, {len(calibration)} to calibrate; "
-        f"{float(finished.float().mean()):.1%} of the responses are finished\n"
-        f"{steps} steps x {cfg.batch_size} pairs on {ranks} x {device.type}, {cfg.epochs} epochs of {per_epoch} steps")
+        f"{float(finished.float().mean()):.1%} of the responses are finished")
+    if steps:
+        say(f"{steps} steps x {cfg.batch_size} pairs on {ranks} x {device.type}; an epoch has {per_epoch}")
 
     # SFT entropies: segments of the training pairs are needed only to train on segments
     key = on_rank0(fingerprint, cfg.model)

@@ -58,7 +58,7 @@ def make_world(world):
     tokenizer.chat_template = ("{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <eos> {% endfor %}"
                                "{% if add_generation_prompt %}<assistant> {% endif %}")
     config = LlamaConfig(vocab_size=V, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_labels=1,
-                         num_attention_heads=4, max_position_embeddings=1024, pad_token_id=0, bos_token_id=None,
+                         num_attention_heads=4, max_position_embeddings=512, pad_token_id=0, bos_token_id=None,
                          eos_token_id=1, tie_word_embeddings=False)
     torch.manual_seed(0)
     sft, rm = (kind.from_config(config) for kind in (AutoModelForCausalLM, AutoModelForSequenceClassification))
