@@ -315,7 +315,7 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
     """
     config, kind = read_config(path, **wrap.settings), wrap.auto_class
     if device.type == "cpu" and dtype is torch.bfloat16 and config.max_position_embeddings <= 512:
-        config._attn_implementation = "eager"                   # for so few tokens the fused one takes twice the time
+        config._attn_implementation = "eager"                   # at 128 tokens the fused one takes twice the time
     use_cores(config)
     stored = torch.float32 if train else dtype
     full = None
