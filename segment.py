@@ -166,9 +166,9 @@ class LanguageModel(nn.Module):
         """ids: (B, T) right-padded; lens: (B,). Returns logp, entropy_before, entropy_after: (B, R), 0 on padding.
         No attention mask: causal attention never looks at what stands to the right."""
         hidden = self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state          # (B, T, d)
-        t, first = torch.arange(ids.shape[1], device=ids.device), prompt_lens[:, None] - 1     # P - 1 decides token 0
-        read = (t >= first) & (t <= first + response_lens[:, None])                            # (B, T), R + 1 in a row
-        logp, entropy = token_logprobs_and_entropy(
+        t, first = torch.arange(ids.shape[1], device=ids.device), prompt_lens[:, None] - 1     # (T,), (B, 1)
+        read = (t >= first) & (t <= first + response_lens[:, None])                            # (B, T), R + 1 in a row:
+        logp, entropy = token_logprobs_and_entropy(                        # from P - 1, where token 0 was decided on
             hidden[read], self.hf.get_output_embeddings().weight, ids.roll(-1, 1)[read])       # (N,), (N,)
         r = torch.arange(int(response_lens.max()) + 1, device=ids.device)                      # (R+1,)
         grid = torch.zeros(2, len(ids), len(r), device=ids.device)

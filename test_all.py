@@ -989,6 +989,11 @@ def test_metrics_and_files_of_a_run(runs):
             "tokens_per_second_generate tokens_per_second_score tokens_per_second_train"
     assert all(set(names.split()) <= x.keys() for x in lines)
     assert all(abs(x["first_ratio"] - 1) < 1e-5 and x["sampler_gap"] < 1e-3 for x in lines)
+    for x in lines:
+        read, seconds = x["tokens_per_second_train"] * x["time_train"], sum(x[k] for k in x if k.startswith("time_"))
+        assert x["tokens_per_second_generate"] * x["time_generate"] == pytest.approx(x["response_tokens"])
+        assert x["tokens_per_second_score"] * x["time_score"] == pytest.approx(read) and read > x["response_tokens"]
+        assert x["tokens_per_second"] * seconds == pytest.approx(read) and x["memory_gb"] > .1
     assert abs(lines[0]["kl"]) < 1e-4                       # the policy is still the SFT model
     assert all(math.isfinite(v) for x in lines for v in x.values()) and 0 < lines[0]["finished"] < 1
     for out in (rm, ppo):
@@ -1001,6 +1006,21 @@ def test_metrics_and_files_of_a_run(runs):
         assert set(reward["statistics"][use]) == {"location", "global", "last", "none"}
         for fit in reward["statistics"][use].values():
             assert set(fit.pop("scale")) == {"even", "repeat", "end"} and Normalizer.from_dict(fit).b_std > 0
+
+
+def test_bf16_on_a_cpu_is_fp32_but_for_rounding(world, runs, tmp_path):
+    rm, rows = runs["rm"].result() + "/model", random_chats(150)
+    lengths = torch.tensor([len(r) for _, r in rows])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]                # (B, R)
+    for kind, path in ((LanguageModel, f"{world}/sft"), (ScalarModel, rm)):
+        coarse, fine = (load_model(path, kind, CPU, dtype) for dtype in (torch.bfloat16, torch.float32))
+        with torch.no_grad():
+            for a, b in zip(coarse(*pad(rows, CPU)), fine(*pad(rows, CPU))):
+                assert a.dtype == torch.float32 and 0 < float(((a - b) * mask).abs().max()) < .15
+    ppo_here(world, rm, f"{tmp_path}/ppo", "--dtype", "bf16", "--max_steps", "1", "--max_new_tokens", "24")
+    row, = metrics(f"{tmp_path}/ppo")
+    assert abs(row["first_ratio"] - 1) < .1 and 1e-6 < row["sampler_gap"] < .5
+    assert {x.dtype for x in weights(f"{tmp_path}/ppo").values()} == {torch.bfloat16}
 
 
 def test_the_segment_script_shows_segments_their_rewards_and_a_cutoff(world, runs, capsys):
@@ -1112,8 +1132,8 @@ def test_oracle_rewards_take_the_place_of_a_reward_model(world, tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 ODD = ["<eos>", "<bos>", "<system>", "<assistant>\n", "<user>", "<|im_end|>", "<|eot_id|>", "{{ x }}", "{% raw %}",
        "../../etc",
-       "\0", "\ud800", "\u202e", "\ufeff", "\u200b", "\u2028", "e\u0301", "👩‍👩‍👧", "𝔘", "ﷺ", "\r\n", "\t",
-       "null", "phone", "good."]
+       "\0", "\ud800", "\u202e", "\ufeff", "\u200b", "\u2028", "e\u0301", "👩‍👩‍👧", "𝔘", "ﷺ",
+       "\r\n", "\t", "null", "phone", "good."]
 
 
 def odd_text(rng):
@@ -1376,10 +1396,13 @@ def test_a_run_knows_its_data_and_models(world, halted, runs, tmp_path, capsys):
     config = json.load(open(f"{out}/config.json"))
     write(f"{out}/config.json", json.dumps(config | {"data": other}))
     assert "has changed since" in refused(capsys, lambda: rm_here(world, out, "--resume", "--data", other))
-    assert train_rm.fingerprint(calibrated) == (before := train_rm.fingerprint(runs["rm"].result() + "/model"))
-    write(f"{calibrated}/reward.json", "{}")
-    assert train_rm.fingerprint(calibrated) != before
     write(f"{out}/config.json", json.dumps(config))
+    job = lambda: ppo_here(world, calibrated, f"{tmp_path}/ppo", "--max_steps", "1", "--max_new_tokens", "4", "--resume")
+    for change in ({}, {"calibration_responses": 99}):          # the same: goes on; calibrated anew: another run
+        write(f"{calibrated}/reward.json", json.dumps(json.load(open(f"{calibrated}/reward.json")) | change))
+        job() if not change else refused(capsys, job).index("has changed since")
+        config = json.load(open(f"{tmp_path}/ppo/config.json"))
+        write(f"{tmp_path}/ppo/config.json", json.dumps({k: v for k, v in config.items() if k != "finished"}))
     name, = os.listdir(f"{halted}-cache")
     cached = f"{out}-cache/{name}"
     H = np.load(cached)

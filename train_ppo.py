@@ -406,7 +406,7 @@ def main(cfg):
         dense = normalized_token_rewards(rewards, ends, mask, normalizer, how, scale)       # (B, R)
         if cfg.divide_by_length:
             dense = dense / lengths[:, None]
-        dense[torch.arange(B, device=device), lengths - 1] += cfg.missing_eos_reward * ~finished
+        dense[torch.arange(B, device=device), lengths - 1] += cfg.missing_eos_reward * ~finished      # (B,) last tokens
         if cfg.bad_length:
             bad = ~finished | (lengths > cfg.bad_length)                                    # (B,)
             dense = torch.where(bad[:, None] & mask, cfg.bad_length_reward, dense)

@@ -554,10 +554,10 @@ def fingerprint(path):
     """A hash of a model's weights and, for a reward model, of its reward.json: 32 hex digits."""
     folder = path if os.path.isdir(path) else snapshot_download(path, allow_patterns=["*.safetensors", "reward.json"])
     digest = hashlib.blake2b(digest_size=16)
-    names = [n for n in sorted(os.listdir(folder)) if n.endswith(".safetensors") or n == "reward.json"]
-    if names in ([], ["reward.json"]):
+    weights = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    if not weights:
         fail(f"{path}: no .safetensors weights there")
-    for name in names:
+    for name in weights + ["reward.json"] * os.path.exists(f"{folder}/reward.json"):
         with open(f"{folder}/{name}", "rb") as f:
             while block := f.read(1 << 24):
                 digest.update(block)
