@@ -1,56 +1,56 @@
 """Chapter 1 of 4: cut a response into segments where the language model is surprised.
 
-    python segment.py                                  # the embedded world: coloured segments, cutoff table
-    python segment.py --model MODEL --data PREFERENCES # your chat model on your data
-    python segment.py --target_length 20               # which cutoff gives segments of 20 tokens?
-    python segment.py --text "..." --reward_model out/rm/model       # your own text, each segment scored
-    torchrun --nproc_per_node=8 segment.py --model meta-llama/Llama-3.1-8B-Instruct ...
+    python segment.py                                    # the embedded world: segments, cutoffs
+    python segment.py --model MODEL --data PREFERENCES   # your chat model on your data
+    python segment.py --target_length 20                 # which cutoff gives segments of 20 tokens?
+    python segment.py --text "..." --reward_model out/rm/model     # your own text, segments scored
 
-The idea (arXiv 2501.02790, section 2.2): a token is too small to deserve a reward of its own and a whole
-response is too large. Inside a phrase the next token is nearly certain; where a new thought starts it is wide
-open. So the entropy of the SFT model's next-token distribution marks where segments end.
+The idea (arXiv 2501.02790, section 2.2): a token is too small to deserve a reward of its own and a
+whole response is too large. Inside a phrase the next token is nearly certain; where a new thought
+starts it is wide open. So the entropy of the SFT model's next-token distribution marks where
+segments end.
 
-Legend of all four chapters: B batch, P prompt, R response, T = P + R, V vocabulary, d hidden size, N any number
-of tokens. Every (B, R) tensor is indexed by the response token it belongs to, padding on the right.
-For response token r at position P + r of the sequence [prompt | response | pad]:
-    its segment end, its scalar reward and the entropy *after* it are read at P + r,
-    its log-probability and its critic value at P + r - 1 (where the model decided on it).
+Legend of all four chapters: B batch, P prompt, R response, T = P + R, V vocabulary, d hidden size,
+N any number of tokens. Sequences are [prompt | response | padding]. A (B, R) tensor has one number
+for each response token, and position P + r of the sequence holds response token r:
 
-Below the double ruler is the plumbing that every chapter shares: errors, several GPUs, data, chat encoding.
-Deviations from the authors' code: one vectorised segmentation instead of three loops over `.item()`; lengths are
-integers and never searched for by a pad or EOS id; special tokens typed in a message stay ordinary text.
+    position      ...   P-1     P    P+1  ...  P+r-1   P+r  ...  P+R-1
+    token             prompt    0     1         r-1     r          R-1
+                                                 |      `- its segment end, its scalar reward and
+                                                 |         the entropy *after* it are read here
+                                                 `-------- its log-probability and its critic
+                                                           value: here the model decided on it
+
+Below the double ruler is the plumbing that every chapter shares: settings, several GPUs, data, chat
+templates. What differs from the authors' code: one vectorised segmentation; lengths are integers,
+never searched for by a pad or EOS id; special tokens that a person typed stay ordinary text.
 """
-import gzip
-import io
-import json
 import math
 import os
 import re
 import shlex
 import subprocess
 import sys
-import zlib
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
-from itertools import islice
-from typing import Literal
+from datetime import datetime, timedelta
+from typing import Literal, Optional
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          GenerationConfig, HfArgumentParser, logging as hf_logging)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoTokenizer, GenerationConfig, HfArgumentParser)
+from transformers import logging as hf_logging
 
-WORLD = os.path.relpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "reviews"))
+WORLD = os.path.relpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "data/reviews"))
 Granularity = Literal["segment", "token", "bandit"]
-THREADS = torch.get_num_threads()                               # torch's own choice: the machine's cores
+Dtype = Literal["auto", "bf16", "fp32"]
 
 
 def opt(default, help):
@@ -60,581 +60,552 @@ def opt(default, help):
 @dataclass
 class Config:
     model: str = opt(f"{WORLD}/sft", "the SFT chat model: a folder or a hub id")
-    data: str = opt(f"{WORLD}/pairs_test.jsonl", "preferences: hub id (or name:split), .json(l)(.gz), .parquet, folder")
-    cutoff: float = opt(1.0, "nats; a segment ends where the entropy after a token is above it (paper: 1.75-2.0)")
-    granularity: Granularity = opt("segment", "what to show")
-    target_length: float = opt(0.0, "also print the cutoff that gives segments of this many tokens")
+    data: str = opt(f"{WORLD}/pairs_test.jsonl", "preferences: a hub id, file or folder, or any of "
+                    "these with a split: pairs.jsonl:train[98%:]")
     text: str = opt("", "show this response instead of those of --data")
     prompt: str = opt("Write a review of the phone.", "the user's message that --text answers")
-    reward_model: str = opt("", "score each segment with this reward model (a train_rm.py output)")
+    granularity: Optional[Granularity] = opt(None, "default: the reward model's, else segment")
+    cutoff: Optional[float] = opt(None, "nats; a segment ends where the entropy after a token is "
+                                  "above (paper: 1.75-2.0; default: the reward model's, else 1)")
+    target_length: float = opt(0.0, "find the cutoff that gives segments of this many tokens")
+    reward_model: str = opt("", "score each segment with this reward model")
     show: int = opt(3, "responses to print")
-    max_samples: int = opt(200, "chosen responses to take the cutoff table from")
-    max_tokens: int = opt(2048, "prompt + response at most; the context of the model if that is shorter")
+    max_samples: int = opt(200, "read this many pairs")
+    max_tokens: int = opt(2048, "prompt + response; at most the context of the model")
     micro_tokens: int = opt(16384, "tokens in one forward pass, padding included")
-    dtype: Literal["auto", "bf16", "fp32"] = opt("auto", "bf16 on CUDA, fp32 on CPU")
-    seed: int = opt(0, "unused here; every script has it")
+    dtype: Dtype = opt("auto", "bf16 on CUDA, fp32 on CPU")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The method. 1. entropy: how open is the next token?
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def token_logprobs_and_entropy(hidden, head_weight, targets, chunk=None):
-    """log p(target) and the entropy (nats) of softmax(hidden @ head_weight.T), without ever building (N, V).
+    """log p(target) and the entropy (nats) of softmax(hidden @ head_weight.T), never building (N, V).
 
-    hidden: (N, d); head_weight: (V, d); targets: int (N,); chunk: rows of logits alive at once (default: about
-    128 MB of them). Returns logp (N,), entropy (N,) in fp32: bf16 logits would bias the entropy. Differentiable;
-    the backward pass computes each chunk again instead of keeping it. Equation (1) of the paper.
+    hidden: (N, d); head_weight: (V, d); targets: int (N,); chunk: rows of logits alive at once
+    (default: about 128 MB of them). Returns logp (N,), entropy (N,) in fp32, because bf16 logits
+    bias the entropy. Differentiable: the backward pass computes each chunk again. Equation (1).
     """
     chunk = chunk or max(16, 2 ** 25 // head_weight.shape[0])
     weight = head_weight.float()
 
     def one_chunk(h, w, t):
-        logp = (h.float() @ w.T).log_softmax(-1)                          # (chunk, V)
-        return logp.gather(-1, t[:, None])[:, 0], -(logp.exp() * logp).sum(-1)          # log p(t), H = -sum p log p
+        logp = (h.float() @ w.T).log_softmax(-1)                             # (chunk, V)
+        entropy = -(logp.exp() * logp).sum(-1)                               # (chunk,)
+        return logp.gather(-1, t[:, None])[:, 0], entropy
 
-    parts = [checkpoint(one_chunk, h, weight, t, use_reentrant=False, preserve_rng_state=False)
-             for h, t in zip(hidden.split(chunk), targets.split(chunk))]
-    return tuple(torch.cat(x) for x in zip(*parts))
+    logps, entropies = [], []
+    for h, t in zip(hidden.split(chunk), targets.split(chunk)):
+        logp, entropy = checkpoint(one_chunk, h, weight, t, use_reentrant=False,
+                                   preserve_rng_state=False)
+        logps.append(logp)
+        entropies.append(entropy)
+    return torch.cat(logps), torch.cat(entropies)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The method. 2. segments: where do they end, where do they lie, what is a response's score?
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def segment_ends(entropy, mask, finished, cutoff, granularity):
     """Which response tokens end a segment (paper section 2.2).
 
-    entropy: (B, R) nats, of the token *after* each response token; mask: bool (B, R), True on the response's
-    tokens, end-of-turn token included; finished: bool (B,), the last token is an end-of-turn token. Returns bool
-    (B, R). segment: ends where entropy > cutoff and at the last content token; token: every content token is one;
-    bandit: one, at the last token. The end-of-turn token belongs to no segment, unless it is all there is.
+    entropy: (B, R) nats, of the token *after* each response token; mask: bool (B, R), True on the
+    response's tokens, end-of-turn token included; finished: bool (B,), the last token is an
+    end-of-turn token. Returns bool (B, R). segment: where entropy > cutoff, and at the last content
+    token; token: at every content token; bandit: at the last token. The end-of-turn token belongs
+    to no segment, unless it is all there is.
 
-    >>> h = torch.tensor([[0.1, 2.5, 0.1, 0.3, 9.0]])       # five tokens, the last is the end-of-turn token
+    >>> h = torch.tensor([[0.1, 2.5, 0.1, 0.3, 9.0]])       # the last is the end-of-turn token
     >>> segment_ends(h, h > 0, torch.tensor([True]), cutoff=2.0, granularity="segment").int()
     tensor([[0, 1, 0, 1, 0]], dtype=torch.int32)
     """
-    length = mask.sum(1)                                                  # (B,)
-    content = torch.where(finished & (length > 1), length - 1, length)    # (B,) tokens without end-of-turn
-    r = torch.arange(mask.shape[1], device=mask.device)                   # (R,)
-    if granularity == "token":
-        return r < content[:, None]
+    if granularity not in ("segment", "token", "bandit"):
+        raise ValueError(f"granularity {granularity!r}: one of segment, token, bandit")
+    length = mask.sum(1)                                                     # (B,)
+    content = torch.where(finished & (length > 1), length - 1, length)       # (B,)
+    r = torch.arange(mask.shape[1], device=mask.device)                      # (R,)
     if granularity == "bandit":
         return r == length[:, None] - 1
-    if granularity == "segment":
-        return (entropy > cutoff) & (r < content[:, None]) | (r == content[:, None] - 1)
-    raise ValueError(f"granularity {granularity!r}: one of segment, token, bandit")
+    is_content = r < content[:, None]                                        # (B, R)
+    if granularity == "token":
+        return is_content
+    return (entropy > cutoff) & is_content | (r == content[:, None] - 1)
 
 
 def segment_locations(ends):
-    """Relative location p = i/n of the i-th of n segments, written at its last token (paper section 2.3).
+    """Relative location p = i/n of the i-th of n segments, written at its last token (section 2.3).
 
     ends: bool (B, R). Returns float (B, R), 0 where no segment ends.
 
     >>> segment_locations(torch.tensor([[False, True, False, True]]))
     tensor([[0.0000, 0.5000, 0.0000, 1.0000]])
     """
-    count = ends.sum(1, keepdim=True).clamp(min=1)                        # (B, 1)
-    return torch.where(ends, ends.cumsum(1) / count, 0.0)
+    n = ends.sum(1, keepdim=True).clamp(min=1)                               # (B, 1)
+    return torch.where(ends, ends.cumsum(1) / n, 0.0)
 
 
 def sequence_score(values, ends):
-    """A response's score: the mean of its segments' rewards (paper equation 2). values, ends: (B, R) -> (B,)"""
+    """A response's score: the mean of its segments' rewards, equation (2). (B, R) each -> (B,)"""
     return torch.where(ends, values, 0.0).sum(1) / ends.sum(1).clamp(min=1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The language model: per response token its log-probability and the entropies around it
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The language model: of each response token its log-probability, and the entropy after it
+# --------------------------------------------------------------------------------------------------
 class LanguageModel(nn.Module):
-    """A causal LM that answers what PPO asks: log pi(token), entropy before and after each response token."""
-    auto_class, settings = AutoModelForCausalLM, {}
+    auto_class = AutoModelForCausalLM
+    settings = {}
 
     def __init__(self, hf):
         super().__init__()
         self.hf = hf
 
+    def forward(self, ids, prompt_lens, response_lens):
+        """ids: (B, T) right-padded; lens: (B,). Returns log-probs and entropies, (2, B, R), 0 on
+        padding. No attention mask: causal attention never looks at what stands to the right."""
+        hidden = self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state    # (B, T, d)
+        # Position P - 1 decides on token 0 and P + R - 1 is the one after the last: R + 1 in a row.
+        k = torch.arange(int(response_lens.max()) + 1, device=ids.device)                # (R+1,)
+        read = k <= response_lens[:, None]                                               # (B, R+1)
+        row, column = read.nonzero(as_tuple=True)                                        # (N,) each
+        position = prompt_lens[row] - 1 + column                                         # (N,)
+        following = ids.roll(-1, 1)[row, position]                                       # (N,)
+        head = self.hf.get_output_embeddings().weight                                    # (V, d)
+        both = token_logprobs_and_entropy(hidden[row, position], head, following)        # (N,) each
+        logprobs, entropy = torch.zeros(2, *read.shape, device=ids.device).masked_scatter(
+            read, torch.cat(both))                                                       # (B, R+1)
+        mask = k[:-1] < response_lens[:, None]                                           # (B, R)
+        return torch.stack([logprobs[:, :-1] * mask, entropy[:, 1:] * mask])
+
     @torch.no_grad()
     def check(self, path):
-        """Logits must be hidden @ weight.T and nothing more (no bias, scale or soft-capping), as computed below."""
+        """Logits must be hidden @ weight.T, as computed above: no bias, scale or soft-capping."""
         ids = torch.arange(4)[None] % self.hf.config.vocab_size
-        plain = self.hf.base_model(input_ids=ids).last_hidden_state @ self.hf.get_output_embeddings().weight.T
+        hidden = self.hf.base_model(input_ids=ids).last_hidden_state
+        plain = hidden @ self.hf.get_output_embeddings().weight.T
         if not plain.isfinite().all():
             fail(f"{path}: its logits are not finite; the weights are broken")
         if not torch.allclose(self.hf(input_ids=ids).logits, plain, atol=5e-2, rtol=1e-2):
-            fail(f"{path}: the language-model head is more than a matrix (bias, scale or soft-capping): not supported")
-
-    def forward(self, ids, prompt_lens, response_lens):
-        """ids: (B, T) right-padded; lens: (B,). Returns logp, entropy_before, entropy_after: (B, R), 0 on padding.
-        No attention mask: causal attention never looks at what stands to the right."""
-        hidden = self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state          # (B, T, d)
-        t, first = torch.arange(ids.shape[1], device=ids.device), prompt_lens[:, None] - 1     # (T,), (B, 1)
-        read = (t >= first) & (t <= first + response_lens[:, None])                            # (B, T), R + 1 in a row:
-        logp, entropy = token_logprobs_and_entropy(                        # from P - 1, where token 0 was decided on
-            hidden[read], self.hf.get_output_embeddings().weight, ids.roll(-1, 1)[read])       # (N,), (N,)
-        r = torch.arange(int(response_lens.max()) + 1, device=ids.device)                      # (R+1,)
-        grid = torch.zeros(2, len(ids), len(r), device=ids.device)
-        logp, entropy = grid.masked_scatter(r <= response_lens[:, None], torch.cat([logp, entropy]))     # (B, R+1) each
-        mask = r[:-1] < response_lens[:, None]                                                 # (B, R)
-        return logp[:, :-1] * mask, entropy[:, :-1] * mask, entropy[:, 1:] * mask
+            fail(f"{path}: its language-model head is more than a matrix (bias, scale or "
+                 "soft-capping); such models are not supported")
 
 
-# ============================================================================================================
-# Plumbing. Errors and configuration
-# ============================================================================================================
-def fail(message, alone=False):
-    """The user's mistake: one line, exit code 2, no traceback. Rank 0 speaks for all, unless this one is alone with its
-    trouble."""
-    if alone or rank() == 0:
+# ==================================================================================================
+# Plumbing. Errors and settings
+# ==================================================================================================
+def fail(message):
+    """The user's mistake: one line, exit code 2. Every rank fails alike and rank 0 speaks; the others
+    wait a moment, for torchrun ends all when one has ended."""
+    if rank() == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(5)
     raise SystemExit(2)
 
 
-AT_LEAST_1 = ("micro_tokens batch_size rollout_batch_size generation_batch_size max_tokens epochs max_prompt_tokens "
-              "max_new_tokens ppo_epochs save_every eval_every sample_every workers tries timeout").split()
+def one_line(error):
+    return " ".join(str(error).split())[:250] or type(error).__name__
+
+
+class Parser(HfArgumentParser):
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line, comments=True)
+
+    def error(self, message):
+        fail(f"{message} (--help lists the flags)")
 
 
 def parse(Config, argv=None):
-    """Command line -> Config. `@config/x.args` files hold flags, comments and blank lines; later flags override."""
-    parser = HfArgumentParser(Config, fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-    parser.error = lambda message: fail(f"{message} (--help lists the flags)")
-    argv = sys.argv[1:] if argv is None else argv
+    """Command line -> Config. `@config/x.args` files hold flags, comments and blank lines; later
+    flags override."""
+    parser = Parser(Config, fromfile_prefix_chars="@", allow_abbrev=False)
     try:
-        cfg, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
-    except (ValueError, RecursionError) as e:                   # an open quote, no text, a file that includes itself
-        fail(f"{' '.join(a for a in argv if a[:1] == '@')}: cannot be read as flags ({one_line(e)})")
+        cfg, unknown = parser.parse_args_into_dataclasses(
+            argv, look_for_args_file=False, return_remaining_strings=True)
+    except ValueError as error:                                  # an open quote in an @file
+        fail(f"flags: {one_line(error)}")
     if unknown:
         fail(f"unknown flag or argument: {unknown[0]} (--help lists the flags)")
     for name, value in asdict(cfg).items():
-        low = 1 if name in AT_LEAST_1 else -2 ** 63 if name.endswith("_reward") else 0
-        if isinstance(value, (int, float)) and not low <= value < 2 ** 63:
-            fail(f"--{name} {value}: must be a finite number, at least {low} and below 2^63")
+        if isinstance(value, (int, float)) and not name.endswith("_reward"):
+            least = 1 if re.search("batch_size|_tokens|_every|epochs", name) else 0
+            if not least <= value < math.inf:
+                fail(f"--{name} {value}: must be a number from {least} on")
     return cfg
 
 
-def start(main, Config):
-    """Run a chapter's main on the command line; what the machine refuses is said in one line too."""
-    try:
-        main(parse(Config))
-    except KeyboardInterrupt:
-        raise SystemExit(130)
-    except torch.OutOfMemoryError:
-        fail(f"rank {rank()}: out of GPU memory; lower --micro_tokens, then --generation_batch_size, or set "
-             "--grad_checkpoint true", alone=True)
-    except OSError as e:                                        # a full disk, no permission, a folder that vanished
-        fail(f"{e.filename or 'writing'}: {e.strerror or one_line(e)}; what was saved before is untouched: mend this, "
-             "then run the same command again (training with --resume)", alone=True)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
 def in_world(path):
-    """Does a file or folder belong to the embedded world?"""
+    """Does a file or folder belong to the embedded world, whose defaults fit it alone?"""
     return os.path.abspath(path).startswith(os.path.abspath(WORLD) + os.sep)
 
 
 def prepare_world(*paths):
-    """The embedded world is made on first use: a run without arguments downloads nothing."""
-    if any(map(in_world, paths)) and not on_rank0(os.path.exists, f"{WORLD}/world.json"):
-        on_rank0(subprocess.run, [sys.executable, f"{WORLD}/prepare.py"], check=True)
+    """Rank 0 makes the embedded world when it is first used."""
+    if any(in_world(path) for path in paths):
+        if rank() == 0 and not os.path.exists(f"{WORLD}/world.json"):
+            subprocess.run([sys.executable, f"{WORLD}/prepare.py"], check=True)
+        dist.barrier()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Plumbing. One GPU or many: the same code on 1 and N ranks, under `python` and under `torchrun`
-# ------------------------------------------------------------------------------------------------------------
-def setup(deterministic=False):
-    """Join the process group (a group of one without torchrun) and pick this rank's device. deterministic: CUDA kernels
-    that give the same bits every time, as those of the CPU do; torch warns of one that cannot."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")                # a terminal without unicode must not end a run
+# --------------------------------------------------------------------------------------------------
+def setup():
+    """Join the process group (a group of one without torchrun) and pick this rank's device."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    cuda = torch.cuda.is_available()
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group(backend, timeout=timedelta(hours=1), **alone)      # rank 0 may read or hash for long
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    if cuda:
-        torch.cuda.set_device(device)
-    if cuda and deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cuda.enable_mem_efficient_sdp(False)     # flash attention and the plain one have such kernels
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        alone = dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                                timeout=timedelta(hours=1), **{} if "RANK" in os.environ else alone)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
     return device
-
-
-def use_cores(config):
-    """A model worth it computes on all cores of the CPU; a small one loses more than it gains by a second thread."""
-    if "OMP_NUM_THREADS" not in os.environ and config.hidden_size >= 256:
-        torch.set_num_threads(THREADS)
 
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
-def on_rank0(f, *args, **kwargs):
-    """Run f on rank 0 alone and give its result to every rank; if it fails with a message, every rank ends."""
-    box = [None]
-    if rank() == 0:
-        try:
-            box = [f(*args, **kwargs)]
-        except SystemExit as e:
-            box = [e]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(box)
-    if isinstance(box[0], SystemExit):
-        raise box[0]
-    return box[0]
-
-
 def say(*args):
     if rank() == 0:
-        try:
-            print(*args, flush=True)
-        except BrokenPipeError:                                 # nobody listens any more (`| head`): the run goes on
-            sys.stdout = open(os.devnull, "w")
+        print(*args, flush=True)
 
 
 def compute_dtype(name, device):
-    """--dtype -> torch dtype; with bf16, fp32 products on the GPU may use TF32 too."""
-    dtype = torch.bfloat16 if name == "bf16" or name == "auto" and device.type == "cuda" else torch.float32
-    torch.backends.cuda.matmul.allow_tf32 = dtype is torch.bfloat16     # exact products of bf16 values, for fp32 logits
-    return dtype
-
-
-def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, head_std=None, seed=0):
-    """A Hugging Face checkpoint as a sharded model: every rank holds 1/N of it (FSDP2), no rank the whole.
-
-    wrap: LanguageModel or train_rm.ScalarModel. Rank 0 reads the file on the CPU and broadcasts tensor by tensor.
-    train: fp32 master weights, computed in dtype with fp32 gradient reduction; else weights in dtype without
-    gradients. head_std: where the checkpoint has no scalar head, draw one with this standard deviation.
-    """
-    config, kind = read_config(path, **wrap.settings), wrap.auto_class
-    if device.type == "cpu" and dtype is torch.bfloat16 and config.max_position_embeddings <= 512:
-        config._attn_implementation = "eager"                   # at 128 tokens the fused one takes twice the time
-    use_cores(config)
-    stored = torch.float32 if train else dtype
-    full = None
-    if rank() == 0:
-        full = wrap(read_weights(kind, path, config, stored, head_std, seed))
-        full.check(path)
-    with torch.device("meta"):
-        model = wrap(kind.from_config(config, dtype=stored))
-    if grad_checkpoint:
-        model.hf.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if train else MixedPrecisionPolicy()
-    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers)
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in [*layers, model]:                              # the root last: embeddings, final norm and head
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    model.to_empty(device=device)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, full.state_dict() if full else {}, options=options)
-    for name, buffer in model.named_buffers():                  # rotary frequencies: in no file, garbage until now
-        if full:
-            buffer.copy_(full.get_buffer(name))
-        dist.broadcast(buffer, 0)
-    return model.train().requires_grad_(train)                  # train(): gradient checkpointing only runs there
-
-
-def read_weights(kind, path, config, dtype, head_std=None, seed=0):
-    """A whole Hugging Face model on the CPU, from safetensors alone; head_std as in load_model."""
-    try:
-        hf, info = kind.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True,
-                                        trust_remote_code=False, output_loading_info=True)
-    except Exception as e:                                      # truncated or foreign weights, not our bug
-        fail(f"{path}: the weights cannot be read ({one_line(e)})")
-    missing = set(info["missing_keys"])
-    if head_std is not None and "score.weight" in missing:
-        nn.init.normal_(hf.score.weight, std=head_std, generator=torch.Generator().manual_seed(seed))
-        missing.remove("score.weight")
-    if missing:
-        fail(f"{path}: weights are missing from the checkpoint, among them {sorted(missing)[0]}")
-    return hf
+    """--dtype -> torch dtype. With bf16 a GPU may use TF32 for the fp32 logits: products of bf16
+    numbers are exact in it."""
+    bf16 = name == "bf16" or name == "auto" and device.type == "cuda"
+    torch.backends.cuda.matmul.allow_tf32 = bf16
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def read_config(path, **settings):
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **settings)
-    except Exception as e:
-        fail(f"{path}: no model there ({one_line(e)}); give a folder with config.json or a hub id")
+    except Exception as error:
+        fail(f"{path}: no model there ({one_line(error)})")
     for name, value in config.to_dict().items():
         if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
-            setattr(config, name, 0.0)                          # a noisy ratio or reward is no ratio or reward
+            setattr(config, name, 0.0)       # a noisy ratio or reward is no ratio or reward
     return config
 
 
-def read_tokenizer(path):
-    read_config(path)                                           # says it best if there is no model at all
+def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, head_std=None):
+    """A Hugging Face checkpoint as a model whose weights are sharded over the ranks (FSDP2).
+
+    wrap: LanguageModel or train_rm.ScalarModel. Every rank reads the whole file into host memory,
+    from safetensors alone, in the file's precision; fully_shard keeps 1/N of each layer and moves it
+    to the device. train: fp32 master weights, computing in dtype, gradients reduced in fp32; else
+    frozen, in dtype. head_std: draw the scalar head anew, with this standard deviation.
+    """
+    config = read_config(path, **wrap.settings)
+    if config.hidden_size < 256 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)             # matrices this small lose by a second thread
+    if device.type == "cpu" and dtype == torch.bfloat16 and config.max_position_embeddings <= 512:
+        config._attn_implementation = "eager"            # torch's fused one takes twice the time
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as e:
-        fail(f"{path}: no tokenizer there ({one_line(e)})")
+        hf, info = wrap.auto_class.from_pretrained(
+            path, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True)
+    except Exception as error:
+        fail(f"{path}: the weights cannot be read ({one_line(error)})")
+    missing = set(info["missing_keys"])
+    if head_std is not None:
+        missing.discard("score.weight")      # drawn from a seed: the same on every rank
+        draw = torch.randn(1, config.hidden_size, generator=torch.Generator().manual_seed(0))
+        hf.score.weight.data = draw * head_std
+    if missing:
+        fail(f"{path}: weights are missing from the checkpoint, among them {min(missing)}")
+    model = wrap(hf)
+    model.check(path)
+    if grad_checkpoint:
+        hf.gradient_checkpointing_enable({"use_reentrant": False})
+
+    policy = MixedPrecisionPolicy()
+    if train:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    layers = [m for m in model.modules()
+              if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers][0]
+    for block in [*layers, model]:           # the root last: embeddings, final norm and head
+        for p in block.parameters():         # not buffers: rotary frequencies stay in fp32
+            p.data = p.data.to(torch.float32 if train else dtype)
+        # Resharded even at the root: after a forward without a backward its weights would stay
+        # whole, and the optimizer and checkpoints would meet strangers.
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    model.to(device)
+    return model.train().requires_grad_(train)       # gradient checkpointing runs in train() alone
 
 
-def one_line(e):
-    return " ".join(str(e).split())[:200] or type(e).__name__
+def trained_how(path, granularity, cutoff):
+    """A reward model's own granularity and cutoff: from its config.json, where train_rm.py writes
+    them, or, for one released without them, from the flags."""
+    config = read_config(path)
+    if hasattr(config, "segment_granularity"):
+        return config.segment_granularity, config.segment_cutoff
+    if granularity is None or granularity == "segment" and cutoff is None:
+        fail(f"{path} does not say how it was trained: give --granularity as it was trained, and for "
+             "segments --cutoff")
+    return granularity, cutoff or 0.0
 
 
 def micro_batches(lengths, budget, ranks=1):
-    """Cut rows into micro-batches of at most `budget` tokens with padding, longest first, in a multiple of `ranks`.
-
-    Sorted rows waste little padding; every rank must run the same number of forwards, or FSDP would wait for ever.
+    """Cut rows into micro-batches of at most `budget` tokens with padding, longest rows first, in a
+    multiple of `ranks`, which must divide the number of rows: all ranks run as many forwards. Sorted
+    rows waste little padding.
 
     >>> micro_batches([5, 9, 2, 8], budget=18)
     [[1, 3], [0, 2]]
     """
     batches = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in np.argsort([-length for length in lengths], kind="stable").tolist():
         if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
             batches[-1].append(i)
         else:
             batches.append([i])
-    while len(batches) % ranks:                                 # split the largest; if no row is left to give,
-        big = max(batches, key=lambda b: len(b) > 1 and lengths[b[0]] * len(b))    # an empty one (a dummy forward)
-        batches.append([big.pop() for _ in range(len(big) // 2)][::-1])
+    while len(batches) % ranks:
+        largest = max(batches, key=len)
+        batches.append(largest[len(largest) // 2:])
+        del largest[len(largest) // 2:]
     return batches
 
 
 def pad(rows, device):
     """[(prompt ids, response ids)] -> ids (B, T), prompt lengths (B,), response lengths (B,)"""
-    ids = pad_sequence([torch.from_numpy(np.concatenate(row)) for row in rows], batch_first=True)       # (B, T)
-    p, r = torch.tensor([[len(p), len(r)] for p, r in rows]).T
-    return ids.long().to(device), p.to(device), r.to(device)
+    whole = [torch.from_numpy(np.concatenate(row)) for row in rows]
+    lengths = torch.tensor([[len(p), len(r)] for p, r in rows], device=device)           # (B, 2)
+    return pad_sequence(whole, batch_first=True).long().to(device), *lengths.unbind(1)
+
+
+def response_mask(rows, device):
+    """bool (B, R): True on the tokens of each response"""
+    lengths = torch.tensor([len(r) for _, r in rows], device=device)                     # (B,)
+    return torch.arange(int(lengths.max()), device=device) < lengths[:, None]
 
 
 @torch.no_grad()
-def map_rows(model, rows, budget, device, title=None):
-    """model(ids, prompt_lens, response_lens) -> k tensors (b, r), over all rows: (k, B, R) on every rank.
+def map_rows(model, rows, budget, device, title=""):
+    """model(ids, prompt_lens, response_lens) -> (..., b, r) for all rows: (..., B, R) on every rank.
+    The micro-batches are dealt to the ranks; the sum over ranks puts the results together."""
+    ranks, R = dist.get_world_size(), max(len(r) for _, r in rows)
+    filled = rows + rows[-1:] * (-len(rows) % ranks)                 # to a multiple of the ranks
+    batches = micro_batches([len(p) + len(r) for p, r in filled], budget, ranks)[rank()::ranks]
+    results, said = None, time.time()
+    for done, batch in enumerate(batches):
+        result = model(*pad([filled[i] for i in batch], device)).float()                 # (..., b, r)
+        if results is None:
+            results = torch.zeros(*result.shape[:-2], len(filled), R, device=device)
+        results[..., batch, :result.shape[-1]] = result
+        if title and time.time() - said > 20:
+            said = time.time()
+            say(f"{title}: {done + 1} of {len(batches)} batches")
+    dist.all_reduce(results)
+    return results[..., :len(rows), :]
 
-    The micro-batches are dealt to the ranks; each row is computed once and the sum over ranks puts them together.
-    """
-    lengths = [len(p) + len(r) for p, r in rows]
-    shortest = min(range(len(rows)), key=lengths.__getitem__)
-    out = None
-    mine = micro_batches(lengths, budget, dist.get_world_size())[rank()::dist.get_world_size()]
-    for batch in tqdm(mine, title, disable=True if title is None or rank() else None, leave=False):
-        result = torch.stack(model(*pad([rows[i] for i in batch or [shortest]], device))).float()   # (k, b, r)
-        if out is None:
-            out = torch.zeros(len(result), len(rows), max(len(r) for _, r in rows), device=device)
-        if batch:
-            out[:, torch.tensor(batch, device=device), :result.shape[2]] = result
-    model.reshard()        # no backward pass follows: without this the root's weights stay whole, strangers to AdamW
-    dist.all_reduce(out)
-    return out
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Plumbing. Data: preference sets and prompts as message lists, errors that name the row
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Plumbing. Data: preferences and prompts as message lists, read by the datasets package
+# --------------------------------------------------------------------------------------------------
 def read_rows(source, limit=0):
-    """Yield (row number from 1, dict) of a hub id (name or name:split), .json(l)(.gz), .parquet or saved folder."""
-    n = 0
-    for n, row in enumerate(islice(_rows(source), limit or None), 1):
-        if not isinstance(row, dict):
-            fail(f"{source} row {n}: not an object with named columns")
-        yield n, row
-    if not n:
-        fail(f"{source}: the data set is empty")
-
-
-def _rows(source):
-    known = re.search(r"\.(jsonl?(\.gz)?|parquet)$", source)
-    if not os.path.exists(source) and (known or source[:1] in "./~"):
-        fail(f"{source}: no such file")
-    if os.path.isfile(source) and not known:
-        fail(f"{source}: its name must end in .json, .jsonl, .json.gz, .jsonl.gz or .parquet")
-    if not re.search(r"\.jsonl?(\.gz)?$", source):
-        try:
-            import datasets                                      # only here: .json(l) must work without the package
-            datasets.disable_progress_bars()
-            datasets.logging.set_verbosity(50)
-            if source.endswith(".parquet"):
-                yield from datasets.Dataset.from_parquet(source)
-            elif os.path.isdir(source):
-                data = datasets.load_from_disk(source)
-                yield from data["train"] if isinstance(data, dict) else data
-            else:
-                name, _, split = source.partition(":")
-                yield from datasets.load_dataset(name, split=split or "train")
-        except Exception as e:
-            fail(f"{source}: cannot be read as a data set ({one_line(e)})")
-        return
-    line = 1
+    """A hub id, a .json(l)(.gz) or .parquet file or a folder, each with or without a split
+    ("pairs.jsonl:train[98%:]"), as a datasets.Dataset."""
+    import datasets                                              # here, because it takes a second
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    name, _, split = source.partition(":")
+    if not os.path.exists(name) and re.search(r"^[./~]|\.(jsonl?|parquet)(\.gz)?$", name):
+        fail(f"{name}: no such file")
     try:
-        with (gzip.open if source.endswith(".gz") else open)(source, "rt", encoding="utf-8-sig") as f:    # BOM or not
-            array = f.read(1) == "["                             # one JSON array, the layout of alpaca_eval's files
-            f.seek(0)
-            if array:
-                yield from json.load(f)                          # and no line is left
-            for line, text in enumerate(f, 1):
-                if text.strip():
-                    yield json.loads(text)
-    except json.JSONDecodeError as e:
-        fail(f"{source} line {max(line, e.lineno)}: not valid JSON ({e.msg})")
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as e:   # or absurd numbers, nesting
-        fail(f"{source} line {line}: cannot be read ({one_line(e)})")
+        if os.path.isfile(name):
+            kind = "parquet" if name.endswith(".parquet") else "json"
+            data = datasets.load_dataset(kind, data_files=name, split=split or "train")
+        elif os.path.exists(f"{name}/state.json") or os.path.exists(f"{name}/dataset_dict.json"):
+            data = datasets.load_dataset("arrow", data_dir=name, split=split or "train")
+        else:
+            data = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:
+        fail(f"{source}: cannot be read as a data set ({one_line(error.__cause__ or error)})")
+    if not len(data):
+        fail(f"{source}: there are no rows in it")
+    return data.select(range(min(limit or len(data), len(data))))
 
 
 def messages_of(value, where, role):
-    """A string or a message list as a checked message list."""
-    value = [{"role": role, "content": value}] if isinstance(value, str) else value
-    if not isinstance(value, (list, tuple)) or not value:
-        fail(f"{where}: must be a string or a list of messages")
-    for m in value:
-        if not isinstance(m, dict) or not isinstance(m.get("content"), str) or not isinstance(m.get("role"), str):
-            fail(f"{where}: every message needs a role and a content that are strings")
-        if m["role"] not in ("system", "user", "assistant", "tool"):
-            fail(f"{where}: the role {m['role']!r} is none of system, user, assistant, tool")
-    return [{"role": m["role"], "content": clean(m["content"])} for m in value]
+    """Text or a message list -> a checked message list."""
+    if isinstance(value, str):
+        value = [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value:
+        fail(f"{where}: must be text or a list of messages")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            fail(f"{where}: every message needs a role and a content that is text")
+    return [{"role": message.get("role"), "content": message["content"]} for message in value]
 
 
-def clean(text):
-    """JSON can hold half of a surrogate pair, which no tokenizer or file takes: it becomes a question mark."""
-    return text.encode("utf-8", "replace").decode()
+def conversation(row, side, where):
+    """The prompt messages and the response text of one side of a preference."""
+    chat = messages_of(row[side], f"{where}, {side}", "assistant")
+    if row.get("prompt") is not None:
+        prompt = messages_of(row["prompt"], f"{where}, prompt", "user")
+        if chat[0]["role"] != "assistant":                       # the chat repeats the prompt
+            prompt = [message for message in prompt if message not in chat]
+            if any(message["role"] != "system" for message in prompt):
+                fail(f"{where}: prompt and {side} hold different turns")
+        chat = prompt + chat
+    elif isinstance(row[side], str):
+        fail(f"{where}: {side} is one text; give message lists or a prompt column")
+    if len(chat) < 2 or chat[-1]["role"] != "assistant":
+        fail(f"{where}, {side}: must be a prompt and the assistant's answer")
+    return chat[:-1], chat[-1]["content"]
 
 
 def load_pairs(source, limit=0):
-    """Yield (prompt messages, chosen text, rejected text, "file row n"); pairs whose responses are equal or empty are
+    """[(prompt messages, chosen text, rejected text, "SOURCE row n")]; pairs that teach nothing are
     dropped and counted."""
-    dropped = Counter()
-    for n, row in read_rows(source, limit):
+    pairs, dropped = [], Counter()
+    for n, row in enumerate(read_rows(source, limit), 1):
         where = f"{source} row {n}"
         if row.get("chosen") is None or row.get("rejected") is None:
-            fail(f"{where}: no columns chosen and rejected; it has {', '.join(map(str, row)) or 'none'}")
-        sides = []
-        for side in ("chosen", "rejected"):
-            chat = messages_of(row[side], f"{where}, {side}", "assistant")
-            if chat[0]["role"] == "assistant":                   # the response alone: its prompt is a column
-                if row.get("prompt") is None:
-                    fail(f"{where}: {side} holds no prompt and there is no prompt column")
-                chat = messages_of(row["prompt"], f"{where}, prompt", "user") + chat
-            if chat[-1]["role"] != "assistant" or len(chat) < 2:
-                fail(f"{where}, {side}: must end with an assistant message that answers a prompt")
-            sides.append((chat[:-1], chat[-1]["content"]))
-        (prompt, chosen), (other_prompt, rejected) = sides
-        if reason := ("equal responses" if chosen == rejected else "an empty response" if not chosen.strip() or
-                      not rejected.strip() else "two different prompts" if prompt != other_prompt else None):
-            dropped[reason] += 1
+            fail(f"{where}: no columns chosen and rejected; it has {', '.join(row)}")
+        prompt, chosen = conversation(row, "chosen", where)
+        other_prompt, rejected = conversation(row, "rejected", where)
+        if prompt != other_prompt:
+            dropped["two different prompts"] += 1
+        elif chosen == rejected:
+            dropped["equal responses"] += 1
+        elif not chosen.strip() or not rejected.strip():
+            dropped["an empty response"] += 1
         else:
-            yield prompt, chosen, rejected, where
+            pairs.append((prompt, chosen, rejected, where))
     for reason, count in dropped.items():
         say(f"{source}: dropped {count} pairs with {reason}")
+    return pairs or fail(f"{source}: no pair is left")
 
 
 def load_prompts(source, limit=0):
-    """[prompt messages] from a column prompt (string or messages), instruction, or the chosen side of preferences."""
+    """[prompt messages] from a column prompt, instruction, or the chosen side of preferences."""
     prompts = []
-    for n, row in read_rows(source, limit):
+    for n, row in enumerate(read_rows(source, limit), 1):
         where = f"{source} row {n}"
-        column = next((c for c in ("prompt", "instruction", "chosen") if row.get(c) is not None), None)
-        if column is None:
-            fail(f"{where}: no column prompt, instruction or chosen; it has {', '.join(map(str, row)) or 'none'}")
-        chat = messages_of(row[column], f"{where}, {column}", "assistant" if column == "chosen" else "user")
-        if column == "chosen" and chat[-1]["role"] == "assistant":
-            chat = chat[:-1]
-        if not chat or chat[-1]["role"] == "assistant":
-            fail(f"{where}, {column}: a prompt ends before the assistant's turn")
+        if row.get("prompt") or row.get("instruction"):
+            chat = messages_of(row.get("prompt") or row["instruction"], where, "user")
+        elif row.get("chosen"):
+            chat, _ = conversation(row, "chosen", where)
+        else:
+            fail(f"{where}: no prompt, instruction or chosen in it; it has {', '.join(row)}")
+        if chat[-1]["role"] == "assistant":
+            fail(f"{where}: a prompt ends before the assistant's turn")
         prompts.append(chat)
     return prompts
 
 
-# ------------------------------------------------------------------------------------------------------------
+def prompt_text(messages):
+    """What people, judges and gold functions read: the user's text, or all turns with roles."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
+
+
+# --------------------------------------------------------------------------------------------------
 # Plumbing. Chat encoding: the tokenizer's own template, prompt and response tokenised apart
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def load_tokenizer(path):
-    """The tokenizer and its stop tokens: what generation_config and tokenizer call end of sequence."""
-    config, tokenizer = read_config(path), read_tokenizer(path)
-    if not tokenizer.chat_template:
-        fail(f"{path}: no chat template; use a chat model, or set tokenizer.chat_template and save the tokenizer")
+    """The tokenizer and its stop tokens, (n,): what generation_config and tokenizer call EOS."""
+    eos = read_config(path).eos_token_id
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        fail(f"{path}: no tokenizer there ({one_line(error)})")
     try:
         eos = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError as e:
-        if os.path.exists(f"{path}/generation_config.json"):
-            fail(f"{path}/generation_config.json: cannot be read ({one_line(e)})")
-        eos = config.eos_token_id
-    stops = set(eos if isinstance(eos, (list, tuple)) else [eos]) | {tokenizer.eos_token_id}
-    stops = sorted(i for i in stops if isinstance(i, int) and i < config.vocab_size)
+    except OSError:
+        pass                                                     # it has no such file
+    stops = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     if not stops:
-        fail(f"{path}: no stop token; set eos_token_id in generation_config.json to the end-of-turn token's id")
-    tokenizer.embeddings = config.vocab_size                    # some tokenizers hold a pad token that the model lacks
-    special = [t.content for i, t in tokenizer.added_tokens_decoder.items()
-               if (t.special or i in stops) and len(t.content) > 1]
-    tokenizer.typed = re.compile("|".join(map(re.escape, special)) or r"(?!)")     # what `render` defuses
-    return tokenizer, torch.tensor(stops)
+        fail(f"{path}: no stop token; set eos_token_id in generation_config.json")
+    return tokenizer, torch.tensor(sorted(stops))
+
+
+def fixed_date(format):
+    """For templates that print today's date: tokens must not change overnight."""
+    return datetime(2024, 7, 26).strftime(format)
 
 
 def render(tokenizer, messages, where, **kwargs):
-    """Messages -> text by the chat template. A special token typed by a person gets an invisible character after
-    its first letter, so that it stays text: it must neither end a turn nor start one."""
-    def defuse(text):
-        return tokenizer.typed.sub(lambda s: s[0][0] + "\u200b" + s[0][1:], text)
-
-    messages = [{**m, "content": defuse(m["content"])} for m in messages]
+    """Messages -> text by the chat template. A special token that a person typed must not end a turn:
+    an invisible character after its first letter keeps it text."""
+    safe = []
+    for message in messages:
+        content = message["content"]
+        for token in tokenizer.all_special_tokens:
+            content = content.replace(token, token[0] + "\u200b" + token[1:])
+        safe.append({**message, "content": content})
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-    except Exception as e:
-        fail(f"{where}: the chat template refuses it ({one_line(e)})")
+        return tokenizer.apply_chat_template(safe, tokenize=False, strftime_now=fixed_date,
+                                             **kwargs)
+    except Exception as error:
+        fail(f"{where}: the chat template refuses it ({one_line(error)})")
 
 
 def tokenize(tokenizer, texts):
-    """[texts] -> [int32 ids]; the template has put BOS and EOS where they belong"""
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    rows = [np.array(x, dtype=np.int32) for x in ids]
-    if (top := max((int(x.max()) for x in rows if len(x)), default=0)) >= tokenizer.embeddings:
-        fail(f"token {top} ({tokenizer.convert_ids_to_tokens(top)}) is in the data, but the model has only "
-             f"{tokenizer.embeddings} embeddings; resize_token_embeddings and save the model")
-    return rows
-
-
-def encode_prompts(tokenizer, prompts, max_tokens, source="prompts"):
-    """[messages] -> [int32 ids]; a prompt over its limit loses its oldest tokens, BOS kept."""
-    texts = [render(tokenizer, m, f"{source} row {n}", add_generation_prompt=True) for n, m in enumerate(prompts, 1)]
-    rows = [cut_prompt(ids, max_tokens, tokenizer.bos_token_id) for ids in tokenize(tokenizer, texts)]
-    if empty := [n for n, ids in enumerate(rows, 1) if not len(ids)]:
-        fail(f"{source} row {empty[0]}: the prompt has no tokens, there is nothing to answer")
-    return rows
+    """[text] -> [int32 ids]; the template has put BOS and EOS where they belong."""
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [np.array(ids, dtype=np.int32) for ids in encoded]
 
 
 def cut_prompt(ids, limit, bos):
-    if len(ids) <= limit:
-        return ids
-    return np.concatenate([ids[:1], ids[len(ids) - limit + 1:]]) if ids[0] == bos else ids[len(ids) - limit:]
+    """The last `limit` tokens of a prompt; BOS stays."""
+    if len(ids) > limit and ids[0] == bos:
+        return np.concatenate([ids[:1], ids[len(ids) - limit + 1:]])
+    return ids[max(0, len(ids) - limit):]
+
+
+def encode_prompts(tokenizer, prompts, max_tokens, source):
+    """[messages] -> [int32 ids], cut to max_tokens."""
+    texts = [render(tokenizer, messages, f"{source} row {n}", add_generation_prompt=True)
+             for n, messages in enumerate(prompts, 1)]
+    encoded = tokenize(tokenizer, texts)
+    cut = sum(len(ids) > max_tokens for ids in encoded)
+    if cut:
+        say(f"{source}: {cut} of {len(texts)} prompts were cut to their last {max_tokens} tokens")
+    return [cut_prompt(ids, max_tokens, tokenizer.bos_token_id) for ids in encoded]
 
 
 def encode_chats(tokenizer, stops, chats, max_tokens, max_prompt_tokens):
-    """[(prompt messages, response text, where)] -> [(prompt ids, response ids)], int32, end-of-turn token included;
-    `where` is what an error message calls the row.
+    """[(prompt messages, [response texts], where)] -> [(prompt ids, response ids)], int32, a row
+    for each response, end-of-turn token included; `where` is what an error calls the row.
 
-    The response is what the full conversation adds to the prompt rendered with its generation prompt, up to its
-    first stop token. Too long: the prompt is cut to max_prompt_tokens, then the response loses its last tokens
-    and with them its end-of-turn token (it is then "not finished").
+    A response is what the full conversation adds to the prompt rendered with its generation prompt,
+    up to its first stop token. Too long: the prompt, the same for all its responses, is cut to
+    max_prompt_tokens, then a response loses its last tokens, and so is "not finished".
     """
-    prompts, answers = [], []
-    for prompt, response, where in chats:
+    rows, cut, endless = [], 0, 0
+    for prompt, responses, where in chats:
         start = render(tokenizer, prompt, where, add_generation_prompt=True)
-        whole = render(tokenizer, prompt + [{"role": "assistant", "content": response}], where)
-        if not whole.startswith(start):
-            fail(f"{where}: the chat template does not continue its own generation prompt")
-        prompts.append(start)
-        answers.append(whole[len(start):])
-    rows, endless = [], 0
-    for p, r, (*_, where) in zip(tokenize(tokenizer, prompts), tokenize(tokenizer, answers), chats):
-        if not len(p) or not len(r):
-            fail(f"{where}: the {'response' if len(p) else 'prompt'} has no tokens")
-        end = np.flatnonzero(np.isin(r, stops.numpy()))
-        endless += not len(end)
-        r = r[:end[0] + 1] if len(end) else r
-        if len(p) + len(r) > max_tokens:
+        texts = [start]
+        for response in responses:
+            whole = render(tokenizer, [*prompt, {"role": "assistant", "content": response}], where)
+            if not whole.startswith(start):
+                fail(f"{where}: the chat template does not continue its own generation prompt")
+            texts.append(whole[len(start):])
+        p, *encoded = tokenize(tokenizer, texts)
+        for i, r in enumerate(encoded):
+            end = np.flatnonzero(np.isin(r, stops.numpy()))
+            endless += not len(end)
+            encoded[i] = r[:end[0] + 1] if len(end) else r
+        if len(p) + max(len(r) for r in encoded) > max_tokens and len(p) > max_prompt_tokens:
             p = cut_prompt(p, max_prompt_tokens, tokenizer.bos_token_id)
-        rows.append((p, r[:max_tokens - len(p)]))
+            cut += 1
+        rows += [(p, r[:max_tokens - len(p)]) for r in encoded]
     if endless > len(rows) / 2:
-        fail(f"{endless} of {len(rows)} responses hold no stop token: the chat template's end-of-turn token is not "
-             f"among {tokenizer.convert_ids_to_tokens(stops.tolist())}; set eos_token_id in generation_config.json")
+        fail(f"{endless} of {len(rows)} responses hold no stop token: the template's end-of-turn "
+             f"token is not among {tokenizer.convert_ids_to_tokens(stops.tolist())}; set "
+             "eos_token_id in generation_config.json")
+    if cut:
+        say(f"{cut} of {len(chats)} prompts were cut to their last {max_prompt_tokens} tokens")
     return rows
 
 
@@ -644,77 +615,93 @@ def is_finished(rows, stops):
 
 
 def segment_texts(tokenizer, ids, ends):
-    """The text of each segment, and of what follows the last one: decoded as prefixes, so that spaces survive."""
-    cuts = [0] + [int(e) + 1 for e in np.flatnonzero(ends)] + [len(ids)]
-    prefix = [tokenizer.decode(ids[:c], clean_up_tokenization_spaces=False) for c in cuts]
-    *pieces, rest = [b[len(a):] for a, b in zip(prefix, prefix[1:])]
-    return pieces + [rest] if rest else pieces
+    """The text of each segment, and of what follows the last one. Prefixes are decoded, because a
+    token that is decoded alone loses its space."""
+    texts, before = [], ""
+    for cut in [*np.flatnonzero(ends) + 1, len(ids)]:
+        prefix = tokenizer.decode(ids[:cut], clean_up_tokenization_spaces=False)
+        texts.append(prefix[len(before):])
+        before = prefix
+    return texts if texts[-1] else texts[:-1]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 # The script: look at segments, choose a cutoff
-# ------------------------------------------------------------------------------------------------------------
-def paint(pieces, rewards=()):
-    """Segments as one string: a background colour each on a terminal, bars elsewhere; rewards behind each."""
-    notes = [f" [{r:+.2f}]" for r in rewards] + [""] * len(pieces)
-    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-        return "".join(f"\033[48;5;{(24, 58, 53, 94, 60, 22)[i % 6]}m{p}\033[0m{n}"
-                       for i, (p, n) in enumerate(zip(pieces, notes)))
-    return " |".join(p + n for p, n in zip(pieces, notes))
+# ==================================================================================================
+def paint(texts, rewards=()):
+    """Segments as one string: coloured on a terminal, parted by bars elsewhere; rewards behind."""
+    colours = sys.stdout.isatty()
+    painted = []
+    for i, text in enumerate(texts):
+        if colours:
+            text = f"\033[48;5;{(24, 58, 53, 94, 60, 22)[i % 6]}m{text}\033[0m"
+        if i < len(rewards):
+            text += f" [{rewards[i]:+.2f}]"
+        painted.append(text)
+    return ("" if colours else " |").join(painted)
+
+
+def cutoff_for(target_length, entropy, content, last):
+    """The cutoff whose segments have target_length tokens on average: a segment ends at every high
+    entropy and once a response, so it is an order statistic of the entropies inside. (B, R) each."""
+    inner = entropy[content & ~last].sort(descending=True).values                        # (N,)
+    tokens = int(content.sum())
+    wanted = round(tokens / target_length) - len(entropy)            # ends inside the responses
+    if not 0 <= wanted < len(inner):
+        fail(f"--target_length {target_length}: here 1 to {tokens / len(entropy):.0f} is possible")
+    return round(float(inner[wanted]), 6)
 
 
 def main(cfg):
     device = setup()
-    prepare_world(cfg.model, cfg.data)
+    prepare_world(cfg.model, "" if cfg.text else cfg.data)
+    granularity, cutoff = cfg.granularity or "segment", 1.0 if cfg.cutoff is None else cfg.cutoff
+    if cfg.reward_model:
+        own, own_cutoff = trained_how(cfg.reward_model, cfg.granularity, cfg.cutoff)
+        granularity = cfg.granularity or own
+        cutoff = own_cutoff if cfg.cutoff is None else cfg.cutoff
     tokenizer, stops = load_tokenizer(cfg.model)
     if cfg.text:
-        chats = [(messages_of(cfg.prompt, "--prompt", "user"),
-                  messages_of(cfg.text, "--text", "assistant")[0]["content"], "--text")]
+        chats = [([{"role": "user", "content": cfg.prompt}], [cfg.text], "--text")]
     else:
-        chats = [(prompt, chosen, where) for prompt, chosen, _, where in load_pairs(cfg.data, cfg.max_samples)]
-    if not chats:
-        fail(f"{cfg.data}: no pair is left")
-    max_tokens = max(2, min(cfg.max_tokens, read_config(cfg.model).max_position_embeddings))
+        pairs = load_pairs(cfg.data, cfg.max_samples)
+        chats = [(prompt, [chosen], where) for prompt, chosen, _, where in pairs]
+    max_tokens = min(cfg.max_tokens, read_config(cfg.model).max_position_embeddings)
     rows = encode_chats(tokenizer, stops, chats, max_tokens, max_tokens // 2)
+
     model = load_model(cfg.model, LanguageModel, device, compute_dtype(cfg.dtype, device))
-    entropy = map_rows(model, rows, cfg.micro_tokens, device, "entropies")[2]                    # (B, R)
-    mask = torch.arange(entropy.shape[1], device=device) < torch.tensor([[len(r)] for _, r in rows], device=device)
-    finished = is_finished(rows, stops).to(device)                                               # (B,)
-    ends = segment_ends(entropy, mask, finished, cfg.cutoff, cfg.granularity)                    # (B, R)
-
-    rm = None
-    if cfg.reward_model:                     # Chapter 2 trains it; here its last-token scalars are only looked at
-        config = read_config(cfg.reward_model, num_labels=1)
-        if config.vocab_size < model.hf.config.vocab_size:
-            fail(f"--reward_model {cfg.reward_model}: no reward model of the vocabulary of {cfg.model}")
-        rm = read_weights(AutoModelForSequenceClassification, cfg.reward_model, config, torch.float32).to(device)
-    for b, (prompt, *_) in enumerate(chats[:cfg.show]):
-        (p, r), rewards = rows[b], []
-        if rm:
-            with torch.no_grad():
-                hidden = rm.base_model(input_ids=pad(rows[b:b + 1], device)[0]).last_hidden_state    # (1, T, d)
-                rewards = rm.score(hidden)[0, len(p):, 0][ends[b, :len(r)]].tolist()
-        say(f"\nuser: {prompt[-1]['content'].strip()}")
-        say(paint(segment_texts(tokenizer, r, ends[b].cpu()), rewards))
-
-    # A segment ends at every high entropy plus once per response, so a target length fixes how many entropies
-    # must lie above the cutoff: it is simply an order statistic.
-    content = segment_ends(entropy, mask, finished, 0, "token")                                  # (B, R)
-    last = segment_ends(entropy, mask, finished, math.inf, "segment")
-    inner, tokens = entropy[content & ~last].sort(descending=True).values, int(content.sum())    # (N,)
-    say(f"\n{len(rows)} responses, {tokens / len(rows):.1f} tokens each")
-    say("cutoff  segments per response  tokens per segment")
-    for cutoff in sorted({.5, .75, 1., 1.25, 1.5, 1.75, 2., 2.5, 3., cfg.cutoff}):
-        n = int(segment_ends(entropy, mask, finished, cutoff, "segment").sum())
-        say(f"{cutoff:6.2f}  {n / len(rows):21.2f}  {tokens / n:18.2f}")
+    _, entropy = map_rows(model, rows, cfg.micro_tokens, device, "entropies")            # (B, R)
+    mask, finished = response_mask(rows, device), is_finished(rows, stops).to(device)
+    content = segment_ends(entropy, mask, finished, 0.0, "token")                        # (B, R)
     if cfg.target_length:
-        k = round(tokens / cfg.target_length) - len(rows)                                        # ends wanted inside
-        if not 0 <= k < len(inner):
-            fail(f"--target_length {cfg.target_length}: with these responses 1 to {tokens / len(rows):.0f} is possible")
-        cutoff = round(float(inner[k]), 6)
+        last = segment_ends(entropy, mask, finished, math.inf, "segment")                # (B, R)
+        cutoff = cutoff_for(cfg.target_length, entropy, content, last)
+    ends = segment_ends(entropy, mask, finished, cutoff, granularity)                    # (B, R)
+
+    if cfg.reward_model:          # chapter 2 trains it; here its scalar at each token is looked at
+        rm = AutoModelForSequenceClassification.from_pretrained(
+            cfg.reward_model, num_labels=1, use_safetensors=True, dtype=torch.float32).to(device)
+    for b, (prompt, *_) in enumerate(chats[:cfg.show]):
+        p, r = rows[b]
+        rewards = []
+        if cfg.reward_model:
+            with torch.no_grad():
+                hidden = rm.base_model(pad([(p, r)], device)[0]).last_hidden_state       # (1, T, d)
+                rewards = rm.score(hidden)[0, len(p):, 0][ends[b, :len(r)]].tolist()
+        texts = segment_texts(tokenizer, r, ends[b, :len(r)].cpu())
+        say(f"\nuser: {prompt[-1]['content'].strip()}\n{paint(texts, rewards)}")
+
+    tokens = int(content.sum())
+    say(f"\n{len(rows)} responses, {tokens / len(rows):.1f} tokens each\n"
+        "cutoff  segments per response  tokens per segment")
+    for c in sorted({.5, .75, 1., 1.25, 1.5, 1.75, 2., 2.5, 3., cutoff}):
+        n = int(segment_ends(entropy, mask, finished, c, "segment").sum())
+        say(f"{c:6.2f}  {n / len(rows):21.2f}  {tokens / n:18.2f}")
+    if cfg.target_length:
         n = int(segment_ends(entropy, mask, finished, cutoff, "segment").sum())
         say(f"--cutoff {cutoff} gives segments of {tokens / n:.2f} tokens")
 
 
 if __name__ == "__main__":
-    start(main, Config)
+    main(parse(Config))
+    dist.destroy_process_group()
