@@ -1,74 +1,88 @@
 """Chapter 3 of 4: PPO on segment rewards.
 
-    python train_ppo.py                                                 # the embedded world, under a minute of CPU
-    torchrun --nproc_per_node=8 train_ppo.py @config/llama3.1-8b-segment-ppo.args       # one node of 8 GPUs
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_ppo.py @config/...
-    python train_ppo.py --reward_model out/rm-bandit/model --out out/ppo-bandit         # classical RLHF, to compare
+    python train_ppo.py                                                 # the embedded world, a minute
+    python train_ppo.py --reward_model out/rm-bandit/model --out out/ppo-bandit       # classical RLHF
+    torchrun --nproc_per_node=8 train_ppo.py @config/llama3.1-8b-segment-ppo.args     # 8 GPUs
 
-One iteration, section 2.4 of the paper:
+One iteration (arXiv 2501.02790, section 2.4):
     1. sample      a response to each prompt from the policy, at temperature 1
     2. score       log-probs of policy and SFT model, critic values, scalars of the reward model;
-                   the SFT model's entropies cut the response into segments
-    3. advantages  segment rewards normalised by location, spread evenly over the segment's tokens, minus the KL
-                   penalty per token; GAE; whitened
+                   the SFT model's entropies cut the responses into segments
+    3. advantages  segment rewards normalised by location, spread over the segment's tokens, minus
+                   the KL penalty of each token; GAE; whitened
     4. update      clipped policy and value losses, minibatch by minibatch
 
-Deviations from the authors' code: every random draw is a function of (seed, iteration, row), so that a run can be
-killed and resumed, or moved to another number of GPUs, and gives the same numbers; statistics come from reward.json,
-never from a table looked up by name; masks come from lengths; the critic's head starts at zero; two defaults are the
-embedded world's, not the paper's: --reward_scale total and --missing_eos_reward -3 (the paper: none, 0).
+What differs from the authors' code: the normaliser is fitted when training starts, by this policy's
+own reference and never looked up by a name; every random draw is a function of (seed, iteration,
+row), so that a run can be killed and resumed, or moved to another number of GPUs, and gives the same
+numbers; masks come from lengths; the critic's head starts at zero. Two defaults are the embedded
+world's and not the paper's: --reward_scale total and --missing_eos_reward -3 (none and 0).
 """
-import functools
+import inspect
+import json
 import math
 import os
+import resource
+import runpy
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal, Optional
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, StaticLayer
 
-from segment import (WORLD, Granularity, LanguageModel, compute_dtype, encode_prompts, fail, in_world, is_finished,
-                     load_model, load_prompts, load_tokenizer, map_rows, micro_batches, on_rank0, one_line, opt, pad,
-                     paint, prepare_world, rank, read_config, read_tokenizer, say, segment_texts, sequence_score, setup,
-                     start)
-from train_rm import (Normalizer, ScalarModel, StopSignal, already_finished, begin_run, export, fingerprint, finish_run,
-                      hardware, learning_rate, load_checkpoint, load_function, log_metrics, normalized_token_rewards,
-                      oracle_scalars, read_reward_json, rewards_at_ends, save_checkpoint, spread_rewards)
+from segment import (WORLD, Dtype, Granularity, LanguageModel, compute_dtype, encode_chats,
+                     encode_prompts, fail, in_world, is_finished, load_model, load_pairs,
+                     load_prompts, load_tokenizer, map_rows, micro_batches, one_line, opt, pad,
+                     paint, parse, prepare_world, prompt_text, rank, read_config, response_mask, say,
+                     segment_locations, segment_texts, sequence_score, setup, trained_how)
+from train_rm import (Normalizer, ScalarModel, begin_run, finish_run, fit_normalizer, learning_rate,
+                      log_metrics, look_at_run, rewards_at_ends, save, spread_rewards,
+                      token_rewards)
 
 
 @dataclass
 class Config:
     # what to train on what
-    model: str = opt(f"{WORLD}/sft", "the SFT model: start of policy and critic, reference, source of entropies")
-    reward_model: str = opt("out/rm/model", "an output of train_rm.py, with its reward.json")
-    data: str = opt(f"{WORLD}/prompts.jsonl", "prompts (paper: argilla/ultrafeedback-binarized-preferences-cleaned)")
+    model: str = opt(f"{WORLD}/sft", "the SFT model: policy, critic, reference, entropies")
+    reward_model: str = opt("out/rm/model", "a reward model, or file.py:function of (prompt, response)"
+                            " -> [(value, index of its last token)], the true rewards of segments")
+    data: str = opt(f"{WORLD}/prompts.jsonl", "prompts (paper: "
+                    "argilla/ultrafeedback-binarized-preferences-cleaned)")
     out: str = opt("out/ppo", "output folder")
-    gold: Optional[str] = opt(None, "file.py:function of (prompt, response), the true reward: logged, never used "
-                              "(default: the embedded world's, if --data is)")
-    oracle: str = opt("", "file.py:function giving true segment rewards, in place of the reward model's scalars")
+    gold: Optional[str] = opt(None, "file.py:function of (prompt, response), the true reward: logged,"
+                              " never used (default: the embedded world's, if --data is)")
     max_samples: int = opt(0, "read at most this many prompts (0: all)")
     # the reward
-    granularity: Optional[Granularity] = opt(None, "how PPO uses the reward (default: as the reward model was trained)")
-    cutoff: Optional[float] = opt(None, "nats (default: the reward model's own)")
-    normalizer: Literal["location", "global", "last", "none"] = opt("location", "statistics to normalise rewards by")
-    interpolation: Literal["even", "repeat", "end"] = opt("even", "how a segment's reward is given to its tokens")
-    reward_scale: Literal["total", "none"] = opt("total", "divide by the deviation of a response's total (paper: none)")
-    fit: str = opt("", "'w_mean w_std b_mean b_std', published, in place of reward.json; '' takes reward.json")
-    kl_coef: float = opt(0.03, "price of a nat away from the SFT model (paper: 0.01 with --reward_scale none)")
-    missing_eos_reward: float = opt(-3.0, "added at the last token of an unfinished response (paper: 0)")
-    divide_by_length: bool = opt(False, "divide rewards by the response's length (paper: Llama-3-SFT, token)")
-    bad_length: int = opt(0, "longer or unfinished responses get --bad_length_reward (Llama-3.1: 800; 0: off)")
+    granularity: Optional[Granularity] = opt(None, "how PPO uses the reward (default: as the reward "
+                                             "model was trained)")
+    cutoff: Optional[float] = opt(None, "nats (default: the reward model's)")
+    normalizer: Literal["location", "global", "last", "none"] = opt("location", "statistics by which "
+                                                                    "rewards are normalised")
+    interpolation: Literal["even", "repeat", "end"] = opt("even", "how tokens get their segment's "
+                                                          "reward")
+    reward_scale: Literal["total", "none"] = opt("total", "divide by the deviation of a response's "
+                                                 "total (paper: none)")
+    fit: str = opt("", "'w_mean w_std b_mean b_std', published, instead of calibrating")
+    calibration_data: Optional[str] = opt(None, "preferences that the reward model was not trained on"
+                                          " (default: the embedded world's, if --data is)")
+    calibration_samples: int = opt(2000, "read at most this many pairs of them")
+    kl_coef: float = opt(0.03, "price of a nat away from the SFT model (paper: 0.01)")
+    missing_eos_reward: float = opt(-3.0, "at the last token of an unfinished response (paper: 0)")
+    divide_by_length: bool = opt(False, "rewards / response length (paper: Llama-3-SFT, token)")
+    bad_length: int = opt(0, "longer or unfinished: --bad_length_reward (Llama-3.1: 800; 0: off)")
     bad_length_reward: float = opt(-0.05, "at every token")
     # sampling
     rollout_batch_size: int = opt(64, "responses an iteration, over all GPUs (paper: 1024)")
+    generation_batch_size: int = opt(128, "responses decoded at once on one GPU")
     max_prompt_tokens: int = opt(128, "longer prompts lose their oldest tokens (paper: 1024)")
     max_new_tokens: int = opt(128, "paper: 1024")
-    generation_batch_size: int = opt(128, "responses decoded at once on one GPU")
+    cuda_graphs: bool = opt(True, "record a decode step and replay it (CUDA)")
     # optimisation
     max_steps: int = opt(30, "iterations (0: --passes over the prompts)")
     passes: int = opt(1, "passes over the prompts (paper: Phi-3 2, Llama 1)")
@@ -76,8 +90,6 @@ class Config:
     ppo_epochs: int = opt(1, "passes over each rollout")
     actor_lr: float = opt(3e-4, "peak (paper: 5e-7)")
     critic_lr: float = opt(1e-3, "peak (paper: 9e-6)")
-    critic_init: Literal["sft", "reward_model"] = opt("sft", "where the critic starts; from sft, its head at zero")
-    critic_warmup: int = opt(0, "first iterations that train the critic alone")
     gamma: float = opt(1.0, "discount")
     lam: float = opt(0.95, "GAE's lambda")
     clip: float = opt(0.2, "policy ratio clip")
@@ -86,431 +98,575 @@ class Config:
     clip_norm: float = opt(1.0, "gradient norms are clipped to this")
     seed: int = opt(0, "of prompts, samples and minibatches")
     # hardware
-    dtype: Literal["auto", "bf16", "fp32"] = opt("auto", "to compute in: bf16 on CUDA, fp32 on CPU (masters are fp32)")
-    micro_tokens: int = opt(16384, "tokens in a GPU's forward pass, padding included; lower it when memory runs out")
-    grad_checkpoint: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
-    deterministic: bool = opt(False, "CUDA: the same bits in every run, also a resumed one; slower (CPUs always do)")
+    dtype: Dtype = opt("auto", "to compute in: bf16 on CUDA, fp32 on CPU (masters are fp32)")
+    micro_tokens: int = opt(16384, "tokens in one GPU's forward pass: lower it when out of memory")
+    grad_checkpoint: bool = opt(False, "recompute activations: less memory, a third more time")
     # bookkeeping
     sample_every: int = opt(5, "iterations between printed samples")
-    save_every: int = opt(10, "iterations between checkpoints (paper: exported every 5)")
+    save_every: int = opt(10, "iterations between checkpoints (paper: 5)")
     resume: bool = opt(False, "continue an unfinished run")
     wandb: str = opt("", "log to this wandb project too")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sampling: an explicit decode loop
-# ------------------------------------------------------------------------------------------------------------
-def race(luck, V):
-    """(b,) int64 -> (b, V) exponential draws, each a hash (splitmix64) of luck and token. The token with the smallest
-    draw / p wins with probability p. Unlike inverting a CDF, rounding moves just one boundary, not V of them: a
-    sample hardly depends on the batch it is drawn in."""
-    x = luck[:, None] + torch.arange(V, device=luck.device) * -0x61C8864680B583EB
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
-        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
-    return -(((x >> 41 & (1 << 23) - 1) + 0.5) / 2 ** 23).log()
-
-
-class RoomyLayer(DynamicLayer):
-    """transformers' KV cache of one layer with room for 128 more tokens: theirs copies all of it for every new token,
-    which on a GPU costs as much time as reading the weights."""
-
-    def update(self, keys, values, *args, **kwargs):
-        """keys, values: (b, heads, n, head size) of new tokens. Returns those of all tokens."""
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-            self.keys, self.values, self.room = keys[:, :, :0], values[:, :, :0], None
-        old, new = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
-        if self.room is None or self.room[0].shape[2] < new:
-            self.room = [torch.cat([x, x.new_empty(*y.shape[:2], y.shape[2] + 128, y.shape[3])], 2)
-                         for x, y in ((self.keys, keys), (self.values, values))]
-        for room, y in zip(self.room, (keys, values)):
-            room[:, :, old:new] = y
-        self.keys, self.values = (room[:, :, :new] for room in self.room)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices):
-        super().batch_select_indices(indices)
-        self.room = None
-
-
+# --------------------------------------------------------------------------------------------------
+# The method. 1. sampling: a decode loop in blocks of equal steps
+# --------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def generate(hf, prompts, stops, max_new_tokens, luck, temperature=1.0, banned=None):
-    """Sample a response to each prompt from the full distribution, whatever the model's generation_config says.
+def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=None, record=None):
+    """Sample a response to each prompt from the full distribution.
 
-    hf: a Hugging Face causal LM; prompts: list of B id arrays; stops: (n,) ids; luck: (B, max_new_tokens) random
-    int64, a row per response, so that a sample depends on its row alone and not on its batch; temperature 0: greedy;
-    banned: bool (V,), never sampled. Returns tokens (B, R) int64 and their log-probs (B, R)
-    under the model, and lengths (B,), the stop token included.
+    hf: a Hugging Face causal LM; prompts: B id arrays; stops: (n,) ids; seeds: a tuple of ints for
+    each prompt, on which alone its sample depends, not on its batch; temperature 0: greedy; banned:
+    bool (V,), never sampled; record: see `cuda_graph`. Returns tokens (B, R) int64, their log-probs
+    (B, R) under the model, and lengths (B,), the stop token included; 0 on padding.
+
+    Inside a block all shapes are fixed, every tensor is changed in place and the CPU waits for
+    nothing, so that a step can be recorded and replayed. Between blocks the CPU looks: finished rows
+    leave, the cache gets room, noise is drawn. Looking late changes nothing but time.
     """
     device, B = hf.device, len(prompts)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)                        # (B,)
-    P = int(lengths.max())
-    ids = torch.zeros(B, P, dtype=torch.long, device=device)                                # left-padded, only here
+    block = 64 if device.type == "cuda" else 16
+    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)             # (B, R)
+    logprobs = torch.zeros(B, max_new_tokens, device=device)                             # (B, R)
+    lengths = torch.zeros(B, dtype=torch.long, device=device)                            # (B,)
+    generators = [torch.Generator(device).manual_seed(int(np.random.SeedSequence(s).generate_state(
+        1, np.uint64)[0])) for s in seeds]
+
+    # Left-padded, only here. The prompt but for its last token fills the cache, so that every step is
+    # the same: put in a token, draw the next.
+    P = max(len(p) for p in prompts)
+    ids = torch.zeros(B, P, dtype=torch.long, device=device)                             # (B, P)
+    mask = torch.zeros(B, P, dtype=torch.long, device=device)                            # (B, P)
     for b, p in enumerate(prompts):
         ids[b, P - len(p):] = torch.as_tensor(p, device=device)
-    mask = torch.arange(P, device=device) >= P - lengths[:, None]                           # (B, P)
-    luck, stops = luck.to(device), stops.to(device)
-    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)                # (B, R)
-    logps = torch.zeros(B, max_new_tokens, device=device)                                   # (B, R)
-    ended = torch.full((B,), max_new_tokens, device=device)                                 # (B,) response lengths
-    row = torch.arange(B, device=device)                                                    # (b,) rows in the cache
-    live = torch.ones(B, dtype=torch.bool, device=device)                                   # (b,)
-    cache, positions = DynamicCache(config=hf.config), (mask.cumsum(1) - 1).clamp(min=0)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    for r in range(max_new_tokens):
-        logits = hf(input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache,
-                    use_cache=True, logits_to_keep=1).logits[:, -1].float()                 # (b, V)
-        logp = logits.log_softmax(-1)
-        scores = logits if banned is None else logits.masked_fill(banned, -math.inf)
-        if temperature > 0:
-            scores = scores / temperature - race(luck[row, r], scores.shape[1]).log()       # (b, V)
-        token = scores.argmax(-1)                                                           # (b,)
-        tokens[row, r] = token * live
-        logps[row, r] = logp.gather(1, token[:, None])[:, 0] * live
-        ended[row] = torch.where(live & torch.isin(token, stops), r + 1, ended[row])
-        live = ended[row] > r + 1
-        alive = int(live.sum())                      # the one moment of a step in which the CPU waits for the GPU
-        if alive == 0:
+        mask[b, P - len(p):] = 1
+    position = (mask.cumsum(1) - 1).clamp(min=0)                                         # (B, P)
+    cache = Cache(layers=[StaticLayer(P - 1) for _ in range(hf.config.num_hidden_layers)])
+    if P > 1:
+        hf(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=position[:, :-1],
+           past_key_values=cache, use_cache=True, logits_to_keep=1)
+    s = SimpleNamespace(
+        token=ids[:, -1:], position=position[:, -1:], mask=mask[:, :-1], cache=cache,    # (b, ...)
+        live=torch.ones(B, dtype=torch.bool, device=device), stops=stops.to(device),
+        temperature=temperature, banned=banned)
+    row = torch.arange(B, device=device)                     # (b,) the rows of this block
+
+    for first in range(0, max_new_tokens, block):
+        # between blocks: rows that are alive, and room for `block` more tokens in the cache
+        keep = s.live.nonzero()[:, 0]
+        row, s.token, s.position = row[keep], s.token[keep], s.position[keep]
+        s.mask, s.live = F.pad(s.mask[keep], (0, block), value=1), s.live[keep]
+        for layer in cache.layers:
+            layer.max_cache_len += block
+            if P > 1 or first > 0:
+                layer.keys = F.pad(layer.keys[keep], (0, 0, 0, block))
+                layer.values = F.pad(layer.values[keep], (0, 0, 0, block))
+        if not len(row):
             break
-        if alive < 0.75 * len(row):                  # finished rows leave the batch: most of the time is saved here
-            keep = live.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            row, live, token, mask, positions = row[keep], live[keep], token[keep], mask[keep], positions[keep]
-        ids, positions = token[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(row), 1)], 1)                             # (b, P + r + 1)
-    return tokens, logps, ended
+        s.k = torch.zeros(1, dtype=torch.long, device=device)                            # step in block
+        s.tokens = torch.zeros(block, len(row), dtype=torch.long, device=device)         # (block, b)
+        s.logprobs = torch.zeros(block, len(row), device=device)                         # (block, b)
+        s.length = torch.zeros(len(row), dtype=torch.long, device=device)                # (b,)
+        if temperature > 0:
+            V = hf.get_output_embeddings().weight.shape[0]
+            s.noise = torch.empty(block, len(row), V, device=device)
+            for b, i in enumerate(row.tolist()):
+                s.noise[:, b] = torch.empty(block, V, device=device).exponential_(
+                    generator=generators[i])
+        steps = min(block, max_new_tokens - first)
+        if record and steps > 1:
+            replay = record(lambda: decode_step(hf, s))
+            for _ in range(steps - 1):
+                replay()
+        else:
+            for _ in range(steps):
+                decode_step(hf, s)
+        tokens[row, first:first + steps] = s.tokens[:steps].T
+        logprobs[row, first:first + steps] = s.logprobs[:steps].T
+        lengths[row] += s.length
+    return tokens, logprobs, lengths
 
 
-def draw_luck(seeds, R):
-    """[tuples of ints] -> (B, R) int64: what a response samples with is a function of its seed alone."""
-    return torch.from_numpy(np.stack([np.random.default_rng(s).integers(2 ** 62, size=R) for s in seeds]))
+def decode_step(hf, s):
+    """Put in one token of each row, draw the next: only tensors of fixed shape, changed in place."""
+    logits = hf(input_ids=s.token, attention_mask=s.mask, position_ids=s.position,
+                past_key_values=s.cache, use_cache=True).logits[:, -1].float()           # (b, V)
+    scores = logits if s.banned is None else logits.masked_fill(s.banned, -math.inf)
+    if s.temperature > 0:
+        # the token with the smallest Exponential(1) noise / p wins with probability p
+        scores = scores / s.temperature - s.noise.index_select(0, s.k)[0].log()
+    drawn = scores.argmax(-1)                                                            # (b,)
+    logprob = logits.log_softmax(-1).gather(1, drawn[:, None])                           # (b, 1)
+    s.tokens.index_copy_(0, s.k, (drawn * s.live)[None])
+    s.logprobs.index_copy_(0, s.k, (logprob[:, 0] * s.live)[None])
+    s.length += s.live
+    s.live &= (drawn[:, None] != s.stops).all(1)
+    s.token.copy_(drawn[:, None])
+    s.position += 1
+    s.k += 1
 
 
-def sample(hf, prompts, stops, R, seeds, batch_size, temperature=1.0, banned=None):
-    """generate() by all ranks, a part of the prompts each, in batches of similar length; every rank gets all of it.
-    seeds: a tuple of ints for each of the B prompts. Returns tokens (B, R), log-probs (B, R), lengths (B,)."""
-    B = len(prompts)
-    tokens = torch.zeros(B, R, dtype=torch.long, device=hf.device)                          # (B, R)
-    logprobs, lengths = torch.zeros(B, R, device=hf.device), tokens.new_zeros(B)            # (B, R), (B,)
-    mine = sorted(range(B), key=lambda b: len(prompts[b]))[rank()::dist.get_world_size()]
+def cuda_graph(step):
+    """Run a step, record the next without running it, return its replay: one launch for hundreds."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
+def can_record(config, device):
+    """Rope that changes with the length is computed on the host, and some deterministic kernels
+    wait for it."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    changes = rope.get("rope_type") in ("dynamic", "longrope")
+    return device.type == "cuda" and not changes and not torch.are_deterministic_algorithms_enabled()
+
+
+def sample(hf, prompts, stops, R, seeds, batch_size, temperature=1.0, banned=None, graphs=True):
+    """`generate` by all ranks, a part of the prompts each, sorted by length; every rank gets all:
+    tokens (B, R), log-probs (B, R), lengths (B,)."""
+    record = cuda_graph if graphs and can_record(hf.config, hf.device) else None
+    tokens = torch.zeros(len(prompts), R, dtype=torch.long, device=hf.device)            # (B, R)
+    logprobs = torch.zeros(len(prompts), R, device=hf.device)                            # (B, R)
+    lengths = torch.zeros(len(prompts), dtype=torch.long, device=hf.device)              # (B,)
+    by_length = sorted(range(len(prompts)), key=lambda b: len(prompts[b]))
+    mine = by_length[rank()::dist.get_world_size()]
     for k in range(0, len(mine), batch_size):
         wave = mine[k:k + batch_size]
         tokens[wave], logprobs[wave], lengths[wave] = generate(
-            hf, [prompts[b] for b in wave], stops, R, draw_luck([seeds[b] for b in wave], R), temperature, banned)
+            hf, [prompts[b] for b in wave], stops, R, [seeds[b] for b in wave], temperature, banned,
+            record)
     for x in (tokens, logprobs, lengths):
         dist.all_reduce(x)
     return tokens, logprobs, lengths
 
 
-def reads_alike(mine, theirs):
-    """Do both tokenizers give every token the same id? Special tokens may be missing from one: many reward models add a
-    pad token, which nobody ever reads."""
-    a, b = mine.get_vocab(), theirs.get_vocab()
-    special = {t.content for x in (mine, theirs) for t in x.added_tokens_decoder.values() if t.special}
-    return all(a.get(t) == b.get(t) or t in special and (t not in a or t not in b) for t in a | b)
+def plain_copy(model, dtype, device):
+    """A whole, frozen Hugging Face model on every rank, to decode with: on shards, decoding would
+    gather every layer for every token. Its weights are refreshed by `refresh`."""
+    with device:
+        hf = model.auto_class.from_config(model.hf.config, dtype=dtype)
+    refresh(hf, model)
+    return hf.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def refresh(hf, model):
+    for p, q in zip(hf.parameters(), model.hf.parameters(), strict=True):
+        p.copy_(q.full_tensor())
+    for p, q in zip(hf.buffers(), model.hf.buffers(), strict=True):
+        p.copy_(q)
 
 
 def never_sampled(tokenizer, stops, vocab_size):
-    """bool (V,): special tokens that do not stop a response, and rows of the embedding that are no token."""
+    """bool (V,): special tokens that stop nothing, and rows of the embedding that are no token."""
     banned = torch.arange(vocab_size) >= len(tokenizer)
-    special = [i for i, t in tokenizer.added_tokens_decoder.items() if t.special and i < vocab_size]
-    banned[special] = True
+    banned[[i for i in tokenizer.all_special_ids if i < vocab_size]] = True
     banned[stops] = False
     return banned
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Advantages
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The method. 2. the reward: calibrated once, then dense
+# --------------------------------------------------------------------------------------------------
+def calibrate(rewards, ends, mask, kind, how):
+    """Fit the normaliser, and S: the standard deviation over responses of the total normalised
+    reward. n segments sum to about n times a bandit's reward, which one KL coefficient cannot serve.
+
+    rewards, ends, mask: (B, R) of calibration responses. Returns Normalizer, S.
+    """
+    p = segment_locations(ends)[ends].cpu()                                              # (N,)
+    y = rewards[ends].cpu()                                                              # (N,)
+    try:
+        if kind == "location":
+            normalizer = fit_normalizer(p, y)
+        elif kind == "global":
+            normalizer = fit_normalizer(torch.ones_like(p), y)
+        elif kind == "last":
+            normalizer = fit_normalizer(p[p == 1], y[p == 1])
+        else:
+            normalizer = Normalizer()
+    except ValueError as error:
+        fail(f"calibration on {len(rewards)} responses: {error}")
+    total = token_rewards(rewards, ends, mask, normalizer, how).sum(1)                   # (B,)
+    return normalizer, float(total.std(correction=0))
+
+
+def dense_rewards(cfg, rewards, ends, mask, finished, normalizer, how, scale):
+    """The reward of each token before the KL penalty: normalised, spread, scaled, clamped, then the
+    rules for length and EOS. rewards, ends, mask: (B, R); finished: (B,). Returns (B, R)."""
+    lengths = mask.sum(1)                                                                # (B,)
+    dense = token_rewards(rewards, ends, mask, normalizer, how) / scale
+    dense = dense.clamp(-10, 10)
+    if cfg.divide_by_length:
+        dense = dense / lengths[:, None]
+    row = torch.arange(len(dense), device=dense.device)                                  # (B,)
+    dense[row, lengths - 1] += cfg.missing_eos_reward * ~finished
+    if cfg.bad_length:
+        bad = ~finished | (lengths > cfg.bad_length)                                     # (B,)
+        dense = torch.where(bad[:, None] & mask, cfg.bad_length_reward, dense)
+    return dense
+
+
+# --------------------------------------------------------------------------------------------------
+# The method. 3. advantages and losses
+# --------------------------------------------------------------------------------------------------
 def gae(rewards, values, mask, gamma, lam):
     """Generalised advantage estimation (Schulman et al. 2016, equation 16) over response tokens.
 
-    All (B, R); mask: bool, True on response tokens, a prefix of each row. Nothing is bootstrapped after the last
-    token. Returns advantages and returns = advantages + values, 0 on padding.
+    All (B, R); mask: bool, a prefix of each row. Nothing is bootstrapped after the last token.
+    Returns advantages and returns = advantages + values, 0 on padding.
     """
     rewards, values = rewards * mask, values * mask
-    advantages, last, following = torch.zeros_like(rewards), 0.0, 0.0
+    advantages = torch.zeros_like(rewards)
+    last_advantage = next_value = 0.0
     for r in reversed(range(rewards.shape[1])):
-        delta = rewards[:, r] + gamma * following - values[:, r]                            # (B,)
-        advantages[:, r] = last = delta + gamma * lam * last
-        following = values[:, r]
+        delta = rewards[:, r] + gamma * next_value - values[:, r]                        # (B,)
+        last_advantage = delta + gamma * lam * last_advantage
+        advantages[:, r] = last_advantage
+        next_value = values[:, r]
     return advantages * mask, (advantages + values) * mask
 
 
 def whiten(x, mask):
-    """Mean 0 and (population) deviation 1 over all valid tokens. x, mask: (B, R), the rollout of all ranks."""
+    """Mean 0 and population deviation 1 over all valid tokens. x, mask: (B, R), all ranks' rollout."""
     valid = x[mask]
     return torch.where(mask, (x - valid.mean()) / (valid.std(correction=0) + 1e-8), 0.0)
 
 
+def mean_tokens(x, mask):
+    """Mean over each response's tokens: a long response weighs no more. (B, R) -> (B,)"""
+    return torch.where(mask, x, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+
+
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
-    """Clipped policy loss, mean over each response's tokens. (B, R) each; returns loss (B,), ratio (B, R)."""
+    """PPO's clipped policy loss. (B, R) each; returns loss (B,) and the ratio (B, R)."""
     ratio = (logprobs - old_logprobs).exp()
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     return mean_tokens(loss, mask), ratio
 
 
 def value_loss(values, old_values, returns, mask, clip):
-    """Clipped value loss, mean over each response's tokens. (B, R) each; returns (B,)."""
+    """PPO's clipped value loss. (B, R) each; returns (B,)."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return mean_tokens(0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
-def mean_tokens(x, mask):
-    return torch.where(mask, x, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+# ==================================================================================================
+# Plumbing. Functions of the user, and where rewards come from
+# ==================================================================================================
+def load_function(spec, flag):
+    """file.py:name -> f(prompt text, response text, finished), which passes `finished` on to a
+    function that takes it."""
+    path, _, name = spec.rpartition(":")
+    if not os.path.isfile(path):
+        fail(f"{flag} {spec}: must be file.py:function; there is no file {path or spec}")
+    function = runpy.run_path(path).get(name)
+    if function is None:
+        fail(f"{flag} {spec}: {path} has no function {name}")
+    if "finished" in inspect.signature(function).parameters:
+        return lambda prompt, response, finished: function(prompt, response, finished=finished)
+    return lambda prompt, response, finished: function(prompt, response)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The reward: which model, used how, normalised by what
-# ------------------------------------------------------------------------------------------------------------
-def read_reward(cfg, tokenizer):
-    """-> own granularity, use, cutoff, Normalizer, scale; checks that the reward model fits policy and flags."""
-    if not cfg.oracle and not reads_alike(tokenizer, read_tokenizer(cfg.reward_model)):
-        fail(f"--reward_model {cfg.reward_model}: its tokenizer differs from that of --model {cfg.model}")
-    path = os.path.join(cfg.reward_model, "reward.json")
-    how_to = (f"python train_rm.py --calibrate_only --reward_model {cfg.reward_model} --model {cfg.model} --data PAIRS "
-              "--granularity AS_TRAINED --cutoff AS_TRAINED --max_tokens AS_TRAINED")
-    if not os.path.exists(path):
-        if not cfg.fit:
-            fail(f"--reward_model {cfg.reward_model}: no reward.json; make one with: {how_to} (a hub model: --out OUT, "
-                 "then --reward_model OUT/model)")
-        if cfg.granularity is None or cfg.cutoff is None:
-            fail("--fit without a reward.json needs --granularity and --cutoff")
-        saved = {"granularity": cfg.granularity, "cutoff": cfg.cutoff, "statistics": None}
-    else:
-        saved = read_reward_json(path)
-        if saved["sft_fingerprint"] != fingerprint(cfg.model):
-            fail(f"{path} was made for another SFT model ({saved['sft_model']}) than {cfg.model}; anew: {how_to}")
-        if cfg.cutoff is not None and cfg.cutoff != saved["cutoff"]:
-            fail(f"{path} was made for cutoff {saved['cutoff']}, not {cfg.cutoff}; delete it, then: {how_to}")
-    own, use = saved["granularity"], cfg.granularity or saved["granularity"]
+def true_scalars(function, prompts, rows, tokenizer, stops, device):
+    """What a reward model's scalars would be if it knew the truth: each token of a segment holds the
+    segment's value. prompts: B texts; rows: B (prompt ids, response ids). Returns (B, R)."""
+    scalars = torch.zeros(response_mask(rows, "cpu").shape)                              # (B, R)
+    for b, finished in enumerate(is_finished(rows, stops).tolist()):
+        first = 0
+        response = tokenizer.decode(rows[b][1], skip_special_tokens=True)
+        for value, end in function(prompts[b], response, finished):
+            scalars[b, first:end + 1] = value
+            first = end + 1
+    return scalars.to(device)
+
+
+def same_tokens(mine, theirs):
+    """Do both tokenizers give every token the same id? Special tokens may be missing from one: many
+    reward models add a pad token, which nobody reads."""
+    a, b = mine.get_vocab(), theirs.get_vocab()
+    special = {*mine.all_special_tokens, *theirs.all_special_tokens}
+    return all(a.get(t) == b.get(t) for t in {*a, *b} - special)
+
+
+def find_calibration(cfg, scalars_of, reference, tokenizer, stops, own, use, cutoff, how, device):
+    """The normaliser and S: published (--fit), or kept by the run to resume, or fitted now.
+    scalars_of(rows, prompt texts) -> (B, R). Returns Normalizer, S."""
+    kept = f"{cfg.out}/config.json"
+    if os.path.exists(kept):
+        with open(kept) as f:
+            calibration = json.load(f)["calibration"]
+        return Normalizer.from_dict(calibration["normalizer"]), calibration["scale"]
     if cfg.fit:
         try:
-            w_mean, w_std, b_mean, b_std = map(float, cfg.fit.replace(",", " ").split())
-            assert 0 < b_std < math.inf and math.isfinite(w_mean + w_std + b_mean) and cfg.reward_scale == "none"
-        except (ValueError, AssertionError):
-            fail("--fit takes 'w_mean w_std b_mean b_std' with b_std > 0, and --reward_scale none (S is not known)")
-        return own, use, saved["cutoff"], Normalizer(w_mean, b_mean, w_std, b_std), 1.0
-    try:
-        fit = dict(saved["statistics"][use][cfg.normalizer])
-        scale = fit.pop("scale")["end" if use == "bandit" else cfg.interpolation]
-        scale, normalizer = scale if cfg.reward_scale == "total" else 1.0, Normalizer.from_dict(fit)
-        assert normalizer.b_std > 0 and scale > 0 and sum(fit.values()) < math.inf, "a deviation"
-    except (KeyError, TypeError, AttributeError, AssertionError) as e:
-        fail(f"{path}: damaged ({one_line(e)} is missing or wrong); anew: {how_to}")
-    return own, use, saved["cutoff"], normalizer, scale
+            w_mean, w_std, b_mean, b_std = [float(x) for x in cfg.fit.split()]
+        except ValueError:
+            fail(f"--fit {cfg.fit!r}: takes 'w_mean w_std b_mean b_std'")
+        return Normalizer(w_mean, b_mean, w_std, b_std), 1.0
+    source = cfg.calibration_data or f"{WORLD}/pairs_test.jsonl"
+    pairs = load_pairs(source, cfg.calibration_samples)
+    chats = [(prompt, [chosen, rejected], where) for prompt, chosen, rejected, where in pairs]
+    rows = encode_chats(tokenizer, stops, chats, cfg.max_prompt_tokens + cfg.max_new_tokens,
+                        cfg.max_prompt_tokens)
+    texts = [prompt_text(prompt) for prompt, *_ in pairs for _ in range(2)]
+    _, sft_entropy = map_rows(reference, rows, cfg.micro_tokens, device, "calibration")  # (2n, R)
+    mask, finished = response_mask(rows, device), is_finished(rows, stops).to(device)
+    rewards, ends = rewards_at_ends(scalars_of(rows, texts), sft_entropy, mask, finished, cutoff,
+                                    own, use)                                            # (2n, R)
+    normalizer, S = calibrate(rewards, ends, mask, cfg.normalizer, how)
+    say(f"calibrated on {len(rows)} responses of {source}: mean {normalizer.w_mean:.3f} log p + "
+        f"{normalizer.b_mean:.3f}, std {normalizer.w_std:.3f} log p + {normalizer.b_std:.3f}, S "
+        f"{S:.3g}")
+    return normalizer, S if cfg.reward_scale == "total" else 1.0
 
 
-@functools.lru_cache(maxsize=2)
-def prompt_order(seed, turn, n):
-    """The permutation of n prompts in pass number `turn` over them."""
-    return np.random.default_rng([seed, 0, turn]).permutation(n)
+def check(cfg, config, prompts, ranks):
+    """What would go wrong late, or silently, is said now."""
+    if len(prompts) < cfg.rollout_batch_size:
+        fail(f"{cfg.data}: {len(prompts)} prompts do not fill one --rollout_batch_size "
+             f"{cfg.rollout_batch_size}")
+    if cfg.rollout_batch_size % cfg.batch_size or cfg.batch_size % ranks:
+        fail(f"--rollout_batch_size {cfg.rollout_batch_size} must be a multiple of --batch_size "
+             f"{cfg.batch_size}, and that of the {ranks} ranks")
+    if cfg.max_prompt_tokens + cfg.max_new_tokens > config.max_position_embeddings:
+        fail(f"--max_prompt_tokens {cfg.max_prompt_tokens} + --max_new_tokens {cfg.max_new_tokens}: "
+             f"the context of {cfg.model} is {config.max_position_embeddings}")
+    if cfg.fit and cfg.reward_scale != "none":
+        fail("--fit needs --reward_scale none: published numbers do not tell S")
+    if in_world(cfg.data):
+        return
+    if not cfg.fit and not cfg.calibration_data:
+        fail("--calibration_data: give preference pairs that the reward model was not trained on, "
+             "such as PAIRS:train[98%:]")
+    if cfg.missing_eos_reward == -3 or cfg.reward_scale == "total":
+        say(f"note: --missing_eos_reward {cfg.missing_eos_reward:g}, --reward_scale "
+            f"{cfg.reward_scale}: -3 and total are the embedded world's defaults; the paper has 0 "
+            "and none")
 
 
-def prompt_text(messages):
-    """What people, judges and gold functions read: the prompt, or all turns with their roles."""
-    turns = [f"{m['role']}: {m['content']}" for m in messages]
-    return messages[0]["content"] if len(turns) == 1 else "\n\n".join(turns)
+def show(cfg, row, steps, began, first_step):
+    """The log line of an iteration."""
+    names = ("reward", "gold", "kl", "response_length", "finished", "clip_fraction",
+             "explained_variance")
+    parts = [f"step {row['step']}/{steps}"]
+    for name in names:
+        if name in row:
+            parts.append(f"{name.replace('response_', '').replace('_', ' ')} {row[name]:.3g}")
+    parts.append(f"{row['tokens_per_second']:,.0f} tokens/s (generate {row['time_generate']:.1f} s, "
+                 f"score {row['time_score']:.1f} s, train {row['time_train']:.1f} s)")
+    left = (time.time() - began) / (row["step"] - first_step) * (steps - row["step"])
+    say(" | ".join(parts) + f" | {left:.0f} s left")
 
 
-# ============================================================================================================
+def memory_gb(device):
+    """Peak memory so far, of the GPU or else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+# ==================================================================================================
 # The run
-# ============================================================================================================
+# ==================================================================================================
 def main(cfg):
-    device = setup(cfg.deterministic)
-    if on_rank0(already_finished, cfg):
+    device = setup()
+    if look_at_run(cfg):
         return
     prepare_world(cfg.model, cfg.data)
     ranks, dtype = dist.get_world_size(), compute_dtype(cfg.dtype, device)
-    if cfg.rollout_batch_size % cfg.batch_size:
-        fail(f"--rollout_batch_size {cfg.rollout_batch_size} is not a multiple of --batch_size {cfg.batch_size}")
     config = read_config(cfg.model)
-    if cfg.max_prompt_tokens + cfg.max_new_tokens > config.max_position_embeddings:
-        fail(f"--max_prompt_tokens {cfg.max_prompt_tokens} + --max_new_tokens {cfg.max_new_tokens}: the context of "
-             f"{cfg.model} is {config.max_position_embeddings}")
     tokenizer, stops = load_tokenizer(cfg.model)
-    own, use, cutoff, normalizer, scale = on_rank0(read_reward, cfg, tokenizer)
-    gold = cfg.gold if cfg.gold is not None else f"{WORLD}/prepare.py:gold_reward" if in_world(cfg.data) else ""
-    gold = load_function(gold, "--gold", float) if gold else None
-    oracle = load_function(cfg.oracle, "--oracle") if cfg.oracle else None
     chats = load_prompts(cfg.data, cfg.max_samples)
-    if len(chats) < cfg.rollout_batch_size:
-        fail(f"{cfg.data}: {len(chats)} prompts do not fill one --rollout_batch_size {cfg.rollout_batch_size}")
+    check(cfg, config, chats, ranks)
     prompts = encode_prompts(tokenizer, chats, cfg.max_prompt_tokens, cfg.data)
+    gold = cfg.gold
+    if gold is None and in_world(cfg.data):
+        gold = f"{WORLD}/prepare.py:gold_reward"
+    gold_function = load_function(gold, "--gold") if gold else None
 
-    iterations = cfg.max_steps or max(1, cfg.passes * len(prompts) // cfg.rollout_batch_size)
-    minibatches = cfg.rollout_batch_size // cfg.batch_size
-    updates = cfg.ppo_epochs * minibatches                                                  # in an iteration
-    say(f"{iterations} iterations x {cfg.rollout_batch_size} responses on {ranks} x {device.type}, each "
-        f"{cfg.ppo_epochs} epochs x {minibatches} minibatches x {cfg.batch_size} responses\n"
-        f"{own} reward model used as {use}, cutoff {cutoff}, {cfg.normalizer} normaliser, scale {scale:.3g}")
+    # ----------------------------------------------------------------------------------------------
+    # where rewards come from, and the four models
+    # ----------------------------------------------------------------------------------------------
+    truth = reward_model = None
+    if ".py:" in cfg.reward_model:
+        truth = load_function(cfg.reward_model, "--reward_model")
+        if cfg.granularity is None or cfg.granularity == "segment" and cfg.cutoff is None:
+            fail("--reward_model of a function needs --granularity, and --cutoff for segments")
+        own, own_cutoff = cfg.granularity, cfg.cutoff or 0.0
+    else:
+        own, own_cutoff = trained_how(cfg.reward_model, cfg.granularity, cfg.cutoff)
+        trained_on = getattr(read_config(cfg.reward_model), "segment_model", cfg.model)
+        if trained_on != cfg.model:
+            say(f"note: {cfg.reward_model} was trained with the segments of {trained_on}")
+        if not same_tokens(tokenizer, load_tokenizer(cfg.reward_model)[0]):
+            fail(f"--reward_model {cfg.reward_model}: its tokenizer is not that of {cfg.model}")
+        reward_model = load_model(cfg.reward_model, ScalarModel, device, dtype)
+    use = cfg.granularity or own
+    cutoff = own_cutoff if cfg.cutoff is None else cfg.cutoff
+    how = "end" if use == "bandit" else cfg.interpolation    # a bandit's reward sits at the last token
 
-    # Four models, sharded over the ranks, and a plain copy of the actor to sample from, on every rank: decoding on
-    # shards would gather every layer for every token.
-    actor = load_model(cfg.model, LanguageModel, device, dtype, train=True, grad_checkpoint=cfg.grad_checkpoint)
-    critic = load_model(cfg.model if cfg.critic_init == "sft" else cfg.reward_model, ScalarModel, device, dtype,
-                        train=True, grad_checkpoint=cfg.grad_checkpoint, head_std=0.0)
+    def scalars_of(rows, texts):
+        if truth:
+            return true_scalars(truth, texts, rows, tokenizer, stops, device)
+        return map_rows(reward_model, rows, cfg.micro_tokens, device)
+
+    actor = load_model(cfg.model, LanguageModel, device, dtype, train=True,
+                       grad_checkpoint=cfg.grad_checkpoint)
+    critic = load_model(cfg.model, ScalarModel, device, dtype, train=True,
+                        grad_checkpoint=cfg.grad_checkpoint, head_std=0.0)
     critic.shift = -1
     reference = load_model(cfg.model, LanguageModel, device, dtype)
-    reward_model = None if cfg.oracle else load_model(cfg.reward_model, ScalarModel, device, dtype)
-    with device:
-        sampler = actor.auto_class.from_config(actor.hf.config, dtype=dtype).eval()
+    sampler = plain_copy(actor, dtype, device)
     banned = never_sampled(tokenizer, stops, config.vocab_size).to(device)
-    trained = {name: (m, torch.optim.AdamW(m.parameters(), betas=(0.9, 0.95), weight_decay=0.0, foreach=True))
-               for name, m in (("actor", actor), ("critic", critic))}
-    models = [cfg.model] if cfg.oracle else [cfg.model, cfg.reward_model]
-    first_iteration, skipped = on_rank0(begin_run, cfg, prompts, models)      # all was readable: only now OUT is made
-    if first_iteration:
-        load_checkpoint(cfg, first_iteration, trained)
-    parameters = sum(p.numel() for m in (actor, critic) for p in m.parameters())
+    normalizer, scale = find_calibration(cfg, scalars_of, reference, tokenizer, stops, own, use,
+                                         cutoff, how, device)
+    actor_optimizer, critic_optimizer = [
+        torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+        for model in (actor, critic)]
+    trained = {"actor": (actor, actor_optimizer), "critic": (critic, critic_optimizer)}
+    calibration = {"normalizer": normalizer.to_dict(), "scale": scale}
+    first_step = begin_run(cfg, trained, calibration=calibration)
 
-    stop, began = StopSignal(), time.time()
-    for iteration in range(first_iteration, iterations):
-        # ----------------------------------------------------------------------------------------------------
+    B = cfg.rollout_batch_size
+    steps = cfg.max_steps or max(1, cfg.passes * len(prompts) // B)
+    minibatches = B // cfg.batch_size
+    updates = cfg.ppo_epochs * minibatches                   # in an iteration
+    say(f"{steps} iterations x {B} responses on {ranks} x {device.type}: {cfg.ppo_epochs} epochs x "
+        f"{minibatches} minibatches x {cfg.batch_size} responses\n{own} reward used as {use}, cutoff "
+        f"{cutoff}, {cfg.normalizer} normaliser, scale {scale:.3g}")
+
+    began = time.time()
+    for step in range(first_step, steps):
+        # ------------------------------------------------------------------------------------------
         # 1. sample: each rank decodes its rows, every rank gets all of them
-        # ----------------------------------------------------------------------------------------------------
+        # ------------------------------------------------------------------------------------------
         time_start = time.time()
-        with torch.no_grad():
-            for p, q in zip(sampler.parameters(), actor.hf.parameters(), strict=True):
-                p.copy_(q.full_tensor())
-            for p, q in zip(sampler.buffers(), actor.hf.buffers(), strict=True):
-                p.copy_(q)
-        B, R = cfg.rollout_batch_size, cfg.max_new_tokens
-        drawn = [int(prompt_order(cfg.seed, k // len(prompts), len(prompts))[k % len(prompts)])
-                 for k in range(iteration * B, (iteration + 1) * B)]                        # (B,) rows of --data
-        seeds = [(cfg.seed, 1, iteration, b) for b in range(B)]
-        tokens, sampled_logprobs, lengths = sample(                                         # (B, R), (B, R), (B,)
-            sampler, [prompts[d] for d in drawn], stops, R, seeds, cfg.generation_batch_size, banned=banned)
-        rows = [(prompts[d], t[:n]) for d, t, n in zip(drawn, tokens.cpu().numpy().astype(np.int32), lengths.tolist())]
-        R = int(lengths.max())
-        mask = torch.arange(R, device=device) < lengths[:, None]                            # (B, R)
-        finished = is_finished(rows, stops).to(device)                                      # (B,)
-        texts = [tokenizer.decode(r, skip_special_tokens=True) for _, r in rows]
-        true = [gold(prompt_text(chats[d]), *x) for d, *x in zip(drawn, texts, finished.tolist())] if gold else [0.0]
+        refresh(sampler, actor)
+        drawn = []                                           # (B,) rows of --data
+        for k in range(step * B, (step + 1) * B):
+            turn, i = divmod(k, len(prompts))
+            drawn.append(prompt_order(cfg.seed, turn, len(prompts))[i])
+        tokens, sampled_logprobs, lengths = sample(
+            sampler, [prompts[i] for i in drawn], stops, cfg.max_new_tokens,
+            [(cfg.seed, 1, step, b) for b in range(B)], cfg.generation_batch_size, banned=banned,
+            graphs=cfg.cuda_graphs)                                          # (B, R), (B, R), (B,)
+        responses = [t[:n].astype(np.int32) for t, n in zip(tokens.cpu().numpy(), lengths.tolist())]
+        rows = [(prompts[i], response) for i, response in zip(drawn, responses)]
+        texts = [prompt_text(chats[i]) for i in drawn]
+        mask, finished = response_mask(rows, device), is_finished(rows, stops).to(device)
 
-        # ----------------------------------------------------------------------------------------------------
-        # 2. score: four models read the same rows; all results (B, R) on every rank
-        # ----------------------------------------------------------------------------------------------------
+        # ------------------------------------------------------------------------------------------
+        # 2. score: the models read the rows; every rank gets all results, (B, R) each
+        # ------------------------------------------------------------------------------------------
         time_score = time.time()
-        logprobs, policy_entropy, _ = map_rows(actor, rows, cfg.micro_tokens, device)
-        ref_logprobs, _, entropy = map_rows(reference, rows, cfg.micro_tokens, device)
-        values = map_rows(critic, rows, cfg.micro_tokens, device)[0]
-        scalars = oracle_scalars(oracle, tokenizer, rows, stops, device) if oracle else \
-            map_rows(reward_model, rows, cfg.micro_tokens, device)[0]
-        rewards, ends = rewards_at_ends(scalars, entropy, mask, finished, cutoff, own, use)
+        logprobs, policy_entropy = map_rows(actor, rows, cfg.micro_tokens, device)
+        ref_logprobs, sft_entropy = map_rows(reference, rows, cfg.micro_tokens, device)
+        values = map_rows(critic, rows, cfg.micro_tokens, device)
+        scalars = scalars_of(rows, texts)
+        rewards, ends = rewards_at_ends(scalars, sft_entropy, mask, finished, cutoff, own, use)
 
-        # ----------------------------------------------------------------------------------------------------
+        # ------------------------------------------------------------------------------------------
         # 3. advantages: how much better was each token than the critic expected?
-        # ----------------------------------------------------------------------------------------------------
-        how = "end" if use == "bandit" else cfg.interpolation         # a bandit's reward always sits at the last token
-        dense = normalized_token_rewards(rewards, ends, mask, normalizer, how, scale)       # (B, R)
-        if cfg.divide_by_length:
-            dense = dense / lengths[:, None]
-        dense[torch.arange(B, device=device), lengths - 1] += cfg.missing_eos_reward * ~finished      # (B,) last tokens
-        if cfg.bad_length:
-            bad = ~finished | (lengths > cfg.bad_length)                                    # (B,)
-            dense = torch.where(bad[:, None] & mask, cfg.bad_length_reward, dense)
-        kl = logprobs - ref_logprobs                                                        # (B, R) stay near SFT
+        # ------------------------------------------------------------------------------------------
+        dense = dense_rewards(cfg, rewards, ends, mask, finished, normalizer, how, scale)  # (B, R)
+        kl = logprobs - ref_logprobs                         # (B, R) keeps us near the SFT model
         advantages, returns = gae(dense - cfg.kl_coef * kl, values, mask, cfg.gamma, cfg.lam)
         advantages = whiten(advantages, mask)
 
-        # ----------------------------------------------------------------------------------------------------
+        # ------------------------------------------------------------------------------------------
         # 4. update: each minibatch is one optimizer step of actor and critic
-        # ----------------------------------------------------------------------------------------------------
+        # ------------------------------------------------------------------------------------------
         time_train = time.time()
         row_lengths = [len(p) + len(r) for p, r in rows]
         sums, norms = torch.zeros(3, device=device), torch.zeros(2, device=device)
-        first_ratio = torch.ones((), device=device)                                         # worst at update 0
+        first_ratio = torch.ones((), device=device)          # furthest from 1 in the first minibatch
         for update in range(updates):
             epoch, position = divmod(update, minibatches)
-            shuffled = np.random.default_rng([cfg.seed, 2, iteration, epoch]).permutation(B)
-            mb = shuffled[position * cfg.batch_size:(position + 1) * cfg.batch_size]        # rows of this minibatch
-            mb_lengths = [row_lengths[b] for b in mb]
+            order = np.random.default_rng([cfg.seed, 2, step, epoch]).permutation(B)
+            minibatch = order[position * cfg.batch_size:(position + 1) * cfg.batch_size]
+            mb_lengths = [row_lengths[b] for b in minibatch]
             for micro in micro_batches(mb_lengths, cfg.micro_tokens, ranks)[rank()::ranks]:
-                i = mb[micro] if micro else mb[:1]
-                # FSDP averages gradients over ranks: a micro-batch weighs (its responses / the minibatch's) x ranks
-                weight = ranks / cfg.batch_size if micro else 0.0
-                batch, r = pad([rows[b] for b in i], device), int(lengths[i].max())
-                m, new_logprobs = mask[i, :r], actor(*batch)[0]                             # (b, r)
-                losses, ratio = policy_loss(new_logprobs, logprobs[i, :r], advantages[i, :r], m, cfg.clip)   # (b,)
-                (losses.sum() * weight).backward()
-                new_values = critic(*batch)[0]                                              # (b, r)
-                v_losses = value_loss(new_values, values[i, :r], returns[i, :r], m, cfg.value_clip)          # (b,)
-                (v_losses.sum() * weight).backward()
-                if micro:
-                    clipped = mean_tokens(((ratio - 1).abs() > cfg.clip).float(), m)
-                    sums += torch.stack([x.detach().sum() for x in (losses, v_losses, clipped)])
-                    if update == 0:
-                        first_ratio = torch.maximum(first_ratio, ((ratio.detach() - 1).abs() * m).max() + 1)
-            rate = learning_rate(iteration * updates + update, iterations * updates, cfg.warmup)
-            norm = torch.stack([nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm).full_tensor()
-                                for model in (actor, critic)])
-            skipped = 0 if torch.isfinite(norm).all() else skipped + 1      # a step that is not finite changes nothing
+                mb = minibatch[micro]
+                batch = pad([rows[b] for b in mb], device)
+                R = int(lengths[mb].max())
+                mb_mask = mask[mb, :R]                                                   # (b, R)
+                # FSDP averages gradients over the ranks: a response weighs ranks / batch_size
+                weight = ranks / cfg.batch_size
+                policy_losses, ratio = policy_loss(actor(*batch)[0], logprobs[mb, :R],
+                                                   advantages[mb, :R], mb_mask, cfg.clip)
+                (policy_losses.sum() * weight).backward()
+                value_losses = value_loss(critic(*batch), values[mb, :R], returns[mb, :R], mb_mask,
+                                          cfg.value_clip)                                # (b,)
+                (value_losses.sum() * weight).backward()
+                off = (ratio.detach() - 1).abs() * mb_mask                               # (b, R)
+                clipped = mean_tokens((off > cfg.clip).float(), mb_mask)                 # (b,)
+                sums += torch.stack([x.detach().sum()
+                                     for x in (policy_losses, value_losses, clipped)])
+                if update == 0:
+                    first_ratio = torch.maximum(first_ratio, 1 + off.max())
+            rate = learning_rate(step * updates + update, steps * updates, cfg.warmup)
+            norm = torch.stack([nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm)
+                                .full_tensor() for model in (actor, critic)])
+            if not norm.isfinite().all():
+                fail(f"iteration {step + 1}: a gradient is not finite; lower --actor_lr, or look at "
+                     "the reward")
             norms += norm
-            for name, peak, first in (("actor", cfg.actor_lr, cfg.critic_warmup), ("critic", cfg.critic_lr, 0)):
-                optimizer = trained[name][1]
+            for optimizer, peak in ((actor_optimizer, cfg.actor_lr),
+                                    (critic_optimizer, cfg.critic_lr)):
                 optimizer.param_groups[0]["lr"] = peak * rate
-                if not skipped and iteration >= first:
-                    optimizer.step()
+                optimizer.step()
                 optimizer.zero_grad()
         dist.all_reduce(sums)
         dist.all_reduce(first_ratio, dist.ReduceOp.MAX)
 
-        # ----------------------------------------------------------------------------------------------------
+        # ------------------------------------------------------------------------------------------
         # what happened
-        # ----------------------------------------------------------------------------------------------------
-        sums = (sums / (cfg.ppo_epochs * B)).tolist()            # waits for the GPU, so that the clock is right
-        done, time_end = iteration + 1, time.time()
-        phases = {"generate": time_score - time_start, "score": time_train - time_score, "train": time_end - time_train}
-        n_tokens, n_ends = int(mask.sum()), int(ends.sum())
-        variance, unexplained = returns[mask].var(correction=0), (returns - values)[mask].var(correction=0)
+        # ------------------------------------------------------------------------------------------
+        policy_mean, value_mean, clip_fraction = (sums / (cfg.ppo_epochs * B)).tolist()
+        actor_norm, critic_norm = (norms / updates).tolist()
+        time_end = time.time()
+        n = int(mask.sum())
+        unexplained = (returns - values)[mask].var() / returns[mask].var().clamp(min=1e-12)
+        gap = (logprobs - sampled_logprobs[:, :mask.shape[1]]).abs().max()
         row = {
-            "reward": float(sequence_score(rewards, ends).mean()), "reward_total": float(dense.sum(1).mean()),
-            "kl": float(kl.sum(1).mean()), "kl_per_token": float(kl.sum() / n_tokens),
-            "entropy": float(policy_entropy.sum() / n_tokens), "finished": float(finished.float().mean()),
-            "response_length": n_tokens / B, "response_tokens": n_tokens, "segment_length": n_tokens / max(1, n_ends),
-            "policy_loss": sums[0], "value_loss": sums[1], "clip_fraction": sums[2], "first_ratio": float(first_ratio),
-            "sampler_gap": float((logprobs - sampled_logprobs[:, :R]).abs().max()),
-            "explained_variance": float(1 - unexplained / variance) if variance > 0 else 0.0,
-            "actor_grad_norm": float(norms[0]) / updates, "critic_grad_norm": float(norms[1]) / updates,
-            "lr": cfg.actor_lr * rate, "skipped": skipped,
-            "tokens_per_second": sum(row_lengths) / (time_end - time_start),
-            **hardware(device, 6 * parameters * sum(row_lengths) * cfg.ppo_epochs, phases["train"]),
-        }
-        for phase, seconds in phases.items():                    # sampling makes response tokens, the others read all
-            row[f"time_{phase}"] = seconds
-            row[f"tokens_per_second_{phase}"] = (n_tokens if phase == "generate" else sum(row_lengths)) / seconds
-        if gold:
-            row["gold"] = float(np.mean(true))
-        log_metrics(cfg, done, row)
-        eta = (time.time() - began) / (done - first_iteration) * (iterations - done)
-        say(f"step {done}/{iterations} | reward {row['reward']:+.3f}" + (f" | gold {row['gold']:+.3f}" if gold else "")
-            + f" | kl {row['kl']:.2f} | length {row['response_length']:.0f} | finished {row['finished']:.2f} | "
-            f"clip {row['clip_fraction']:.3f} | ev {row['explained_variance']:+.2f} | "
-            f"{row['tokens_per_second']:,.0f} tokens/s (" + ", ".join(
-                f"{phase} {seconds:.1f} s at {row[f'tokens_per_second_{phase}']:,.0f}" for phase, seconds
-                in phases.items()) + f") | {eta:.0f} s left")
-        if done % cfg.sample_every == 0 or done == iterations:
-            pieces = segment_texts(tokenizer, rows[0][1], ends[0].cpu())
-            say(f"  user: {chats[drawn[0]][-1]['content']}\n  {paint(pieces, rewards[0, ends[0]].tolist())}")
-        stopping = stop.agreed(device)
-        if done % cfg.save_every == 0 or done == iterations or stopping or skipped >= 5:
-            save_checkpoint(cfg, done, trained, keep=skipped > 0)
-            export(actor, tokenizer, cfg.model, f"{cfg.out}/model", dtype)
-        if skipped >= 5:
-            fail(f"step {done}: losses or gradients were not finite in {skipped} updates in a row (skipped; saved, and "
-                 "the earlier checkpoint kept); lower --actor_lr or look at the reward model")
-        if stopping:
-            say(f"stopped after step {done}; continue with --resume")
-            raise SystemExit(128 + stopping)
-    stop.release()
-    if skipped:
-        say(f"warning: the last {skipped} updates were skipped, their losses or gradients were not finite")
-    if first_iteration == iterations:                 # killed between the last checkpoint and the end of its export
-        export(actor, tokenizer, cfg.model, f"{cfg.out}/model", dtype)
+            "step": step + 1, "reward": float(sequence_score(rewards, ends).mean()),
+            "reward_total": float(dense.sum(1).mean()), "kl": float(kl.sum(1).mean()),
+            "kl_per_token": float(kl.sum() / n), "response_length": n / B, "response_tokens": n,
+            "segment_length": n / max(1, int(ends.sum())),
+            "finished": float(finished.float().mean()),
+            "entropy": float(policy_entropy[:, :-1][mask[:, 1:]].mean()),
+            "policy_loss": policy_mean, "value_loss": value_mean, "clip_fraction": clip_fraction,
+            "first_ratio": float(first_ratio), "sampler_gap": float(gap),
+            "explained_variance": float(1 - unexplained), "actor_grad_norm": actor_norm,
+            "critic_grad_norm": critic_norm, "lr": cfg.actor_lr * rate,
+            "time_generate": time_score - time_start, "time_score": time_train - time_score,
+            "time_train": time_end - time_train, "memory_gb": memory_gb(device),
+            "tokens_per_second": sum(row_lengths) / (time_end - time_start)}
+        if gold_function:
+            answers = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
+            row["gold"] = float(np.mean([gold_function(text, answer, bool(done)) for
+                                         text, answer, done in zip(texts, answers, finished)]))
+        log_metrics(cfg, row)
+        show(cfg, row, steps, began, first_step)
+        if (step + 1) % cfg.sample_every == 0 or step + 1 == steps:
+            pieces = segment_texts(tokenizer, responses[0], ends[0, :len(responses[0])].cpu())
+            say(f"  {texts[0].strip()}\n  {paint(pieces, rewards[0, ends[0]].tolist())}")
+        if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
+            save(cfg, step + 1, trained, actor, tokenizer, dtype)
     finish_run(cfg)
-    say(f"wrote {cfg.out}/model")
+
+
+def prompt_order(seed, turn, n):
+    """The order of n prompts in pass number `turn` over them."""
+    return np.random.default_rng([seed, 0, turn]).permutation(n)
 
 
 if __name__ == "__main__":
-    start(main, Config)
+    main(parse(Config))
+    dist.destroy_process_group()
