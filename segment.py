@@ -7,19 +7,13 @@
 
 The idea (arXiv 2501.02790, section 2.2): a token is too small to deserve a reward of its own and a
 whole response is too large. Inside a phrase the next token is nearly certain; where a new thought
-starts it is wide open. So the entropy of the SFT model's next-token distribution marks where
-segments end.
+starts it is wide open. So the entropy of the SFT model's next token marks where segments end.
 
 Legend of all four chapters: B batch, P prompt, R response, T = P + R, V vocabulary, d hidden size,
-N any number of tokens. Sequences are [prompt | response | padding]. A (B, R) tensor has one number
-for each response token, and position P + r of the sequence holds response token r:
-
-    position      ...   P-1     P    P+1  ...  P+r-1   P+r  ...  P+R-1
-    token             prompt    0     1         r-1     r          R-1
-                                                 |      `- its segment end, its scalar reward and
-                                                 |         the entropy *after* it are read here
-                                                 `-------- its log-probability and its critic
-                                                           value: here the model decided on it
+N any number of tokens. Sequences are [prompt | response | padding], and (B, R) tensors hold one
+number for each response token. Response token r stands at position P + r:
+    at P + r      its segment end, its scalar reward and the entropy *after* it are read,
+    at P + r - 1  its log-probability and its critic value: there the model decided on it.
 
 Below the double ruler is the plumbing that every chapter shares: settings, several GPUs, data, chat
 templates. What differs from the authors' code: one vectorised segmentation; lengths are integers,
@@ -60,13 +54,11 @@ def opt(default, help):
 @dataclass
 class Config:
     model: str = opt(f"{WORLD}/sft", "the SFT chat model: a folder or a hub id")
-    data: str = opt(f"{WORLD}/pairs_test.jsonl", "preferences: a hub id, file or folder, or any of "
-                    "these with a split: pairs.jsonl:train[98%:]")
+    data: str = opt(f"{WORLD}/pairs_test.jsonl", "preferences; also SOURCE:train[98%:]")
     text: str = opt("", "show this response instead of those of --data")
     prompt: str = opt("Write a review of the phone.", "the user's message that --text answers")
     granularity: Optional[Granularity] = opt(None, "default: the reward model's, else segment")
-    cutoff: Optional[float] = opt(None, "nats; a segment ends where the entropy after a token is "
-                                  "above (paper: 1.75-2.0; default: the reward model's, else 1)")
+    cutoff: Optional[float] = opt(None, "nats; default: the reward model's, else 1")
     target_length: float = opt(0.0, "find the cutoff that gives segments of this many tokens")
     reward_model: str = opt("", "score each segment with this reward model")
     show: int = opt(3, "responses to print")
@@ -80,7 +72,7 @@ class Config:
 # The method. 1. entropy: how open is the next token?
 # --------------------------------------------------------------------------------------------------
 def token_logprobs_and_entropy(hidden, head_weight, targets, chunk=None):
-    """log p(target) and the entropy (nats) of softmax(hidden @ head_weight.T), never building (N, V).
+    """log p(target) and entropy (nats) of softmax(hidden @ head_weight.T), never building (N, V).
 
     hidden: (N, d); head_weight: (V, d); targets: int (N,); chunk: rows of logits alive at once
     (default: about 128 MB of them). Returns logp (N,), entropy (N,) in fp32, because bf16 logits
@@ -183,23 +175,20 @@ class LanguageModel(nn.Module):
         ids = torch.arange(4)[None] % self.hf.config.vocab_size
         hidden = self.hf.base_model(input_ids=ids).last_hidden_state
         plain = hidden @ self.hf.get_output_embeddings().weight.T
-        if not plain.isfinite().all():
-            fail(f"{path}: its logits are not finite; the weights are broken")
         if not torch.allclose(self.hf(input_ids=ids).logits, plain, atol=5e-2, rtol=1e-2):
-            fail(f"{path}: its language-model head is more than a matrix (bias, scale or "
-                 "soft-capping); such models are not supported")
+            fail(f"{path}: not supported: its logits are not finite, or its head is more than a "
+                 "matrix (bias, scale, soft-capping)")
 
 
 # ==================================================================================================
 # Plumbing. Errors and settings
 # ==================================================================================================
 def fail(message):
-    """The user's mistake: one line, exit code 2. Every rank fails alike and rank 0 speaks; the others
-    wait a moment, for torchrun ends all when one has ended."""
+    """The user's mistake: one line, exit code 2. All ranks fail alike and rank 0 speaks."""
     if rank() == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
-        time.sleep(5)
+        time.sleep(5)                        # torchrun ends all ranks when one has ended
     raise SystemExit(2)
 
 
@@ -297,9 +286,9 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
     """A Hugging Face checkpoint as a model whose weights are sharded over the ranks (FSDP2).
 
     wrap: LanguageModel or train_rm.ScalarModel. Every rank reads the whole file into host memory,
-    from safetensors alone, in the file's precision; fully_shard keeps 1/N of each layer and moves it
-    to the device. train: fp32 master weights, computing in dtype, gradients reduced in fp32; else
-    frozen, in dtype. head_std: draw the scalar head anew, with this standard deviation.
+    safetensors alone, in its own precision; fully_shard keeps 1/N of a layer and moves that to the
+    device. train: fp32 master weights, computing in dtype, gradients reduced in fp32; else frozen,
+    in dtype. head_std: draw the scalar head anew, with this standard deviation.
     """
     config = read_config(path, **wrap.settings)
     if config.hidden_size < 256 and "OMP_NUM_THREADS" not in os.environ:
@@ -347,15 +336,14 @@ def trained_how(path, granularity, cutoff):
     if hasattr(config, "segment_granularity"):
         return config.segment_granularity, config.segment_cutoff
     if granularity is None or granularity == "segment" and cutoff is None:
-        fail(f"{path} does not say how it was trained: give --granularity as it was trained, and for "
-             "segments --cutoff")
+        fail(f"{path} does not say how it was trained: give its --granularity (and, for segments, "
+             "its --cutoff)")
     return granularity, cutoff or 0.0
 
 
 def micro_batches(lengths, budget, ranks=1):
     """Cut rows into micro-batches of at most `budget` tokens with padding, longest rows first, in a
-    multiple of `ranks`, which must divide the number of rows: all ranks run as many forwards. Sorted
-    rows waste little padding.
+    multiple of `ranks`, which must divide the number of rows, so that all run as many forwards.
 
     >>> micro_batches([5, 9, 2, 8], budget=18)
     [[1, 3], [0, 2]]
@@ -388,14 +376,14 @@ def response_mask(rows, device):
 
 @torch.no_grad()
 def map_rows(model, rows, budget, device, title=""):
-    """model(ids, prompt_lens, response_lens) -> (..., b, r) for all rows: (..., B, R) on every rank.
-    The micro-batches are dealt to the ranks; the sum over ranks puts the results together."""
+    """What model(ids, prompt_lens, response_lens), (..., b, r), says of all rows, (..., B, R), on each
+    rank. Micro-batches are dealt to the ranks; the sum over ranks puts the results together."""
     ranks, R = dist.get_world_size(), max(len(r) for _, r in rows)
     filled = rows + rows[-1:] * (-len(rows) % ranks)                 # to a multiple of the ranks
     batches = micro_batches([len(p) + len(r) for p, r in filled], budget, ranks)[rank()::ranks]
     results, said = None, time.time()
     for done, batch in enumerate(batches):
-        result = model(*pad([filled[i] for i in batch], device)).float()                 # (..., b, r)
+        result = model(*pad([filled[i] for i in batch], device)).float()             # (..., b, r)
         if results is None:
             results = torch.zeros(*result.shape[:-2], len(filled), R, device=device)
         results[..., batch, :result.shape[-1]] = result
@@ -529,14 +517,10 @@ def load_tokenizer(path):
     return tokenizer, torch.tensor(sorted(stops))
 
 
-def fixed_date(format):
-    """For templates that print today's date: tokens must not change overnight."""
-    return datetime(2024, 7, 26).strftime(format)
-
-
 def render(tokenizer, messages, where, **kwargs):
-    """Messages -> text by the chat template. A special token that a person typed must not end a turn:
-    an invisible character after its first letter keeps it text."""
+    """Messages -> text by the chat template. A special token that a person typed must not end a
+    turn: an invisible character after its first letter keeps it text."""
+    day = datetime(2024, 7, 26)              # a template that prints the date must not change tokens
     safe = []
     for message in messages:
         content = message["content"]
@@ -544,7 +528,7 @@ def render(tokenizer, messages, where, **kwargs):
             content = content.replace(token, token[0] + "\u200b" + token[1:])
         safe.append({**message, "content": content})
     try:
-        return tokenizer.apply_chat_template(safe, tokenize=False, strftime_now=fixed_date,
+        return tokenizer.apply_chat_template(safe, tokenize=False, strftime_now=day.strftime,
                                              **kwargs)
     except Exception as error:
         fail(f"{where}: the chat template refuses it ({one_line(error)})")
@@ -629,21 +613,14 @@ def segment_texts(tokenizer, ids, ends):
 # The script: look at segments, choose a cutoff
 # ==================================================================================================
 def paint(texts, rewards=()):
-    """Segments as one string: coloured on a terminal, parted by bars elsewhere; rewards behind."""
-    colours = sys.stdout.isatty()
-    painted = []
-    for i, text in enumerate(texts):
-        if colours:
-            text = f"\033[48;5;{(24, 58, 53, 94, 60, 22)[i % 6]}m{text}\033[0m"
-        if i < len(rewards):
-            text += f" [{rewards[i]:+.2f}]"
-        painted.append(text)
-    return ("" if colours else " |").join(painted)
+    """Segments as one string, parted by bars, the rewards behind them."""
+    notes = [f" [{reward:+.2f}]" for reward in rewards] + [""] * len(texts)
+    return " |".join(text + note for text, note in zip(texts, notes))
 
 
 def cutoff_for(target_length, entropy, content, last):
     """The cutoff whose segments have target_length tokens on average: a segment ends at every high
-    entropy and once a response, so it is an order statistic of the entropies inside. (B, R) each."""
+    entropy and once a response, so it is one of the entropies inside. All (B, R)."""
     inner = entropy[content & ~last].sort(descending=True).values                        # (N,)
     tokens = int(content.sum())
     wanted = round(tokens / target_length) - len(entropy)            # ends inside the responses
@@ -655,11 +632,11 @@ def cutoff_for(target_length, entropy, content, last):
 def main(cfg):
     device = setup()
     prepare_world(cfg.model, "" if cfg.text else cfg.data)
-    granularity, cutoff = cfg.granularity or "segment", 1.0 if cfg.cutoff is None else cfg.cutoff
+    own, own_cutoff = "segment", 1.0
     if cfg.reward_model:
         own, own_cutoff = trained_how(cfg.reward_model, cfg.granularity, cfg.cutoff)
-        granularity = cfg.granularity or own
-        cutoff = own_cutoff if cfg.cutoff is None else cfg.cutoff
+    granularity = cfg.granularity or own
+    cutoff = own_cutoff if cfg.cutoff is None else cfg.cutoff
     tokenizer, stops = load_tokenizer(cfg.model)
     if cfg.text:
         chats = [([{"role": "user", "content": cfg.prompt}], [cfg.text], "--text")]

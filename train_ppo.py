@@ -1,8 +1,8 @@
 """Chapter 3 of 4: PPO on segment rewards.
 
-    python train_ppo.py                                                 # the embedded world, a minute
-    python train_ppo.py --reward_model out/rm-bandit/model --out out/ppo-bandit       # classical RLHF
-    torchrun --nproc_per_node=8 train_ppo.py @config/llama3.1-8b-segment-ppo.args     # 8 GPUs
+    python train_ppo.py                                               # the embedded world, a minute
+    python train_ppo.py --reward_model out/rm-bandit/model --out out/ppo-bandit     # classical RLHF
+    torchrun --nproc_per_node=8 train_ppo.py @config/llama3.1-8b-segment-ppo.args   # 8 GPUs
 
 One iteration (arXiv 2501.02790, section 2.4):
     1. sample      a response to each prompt from the policy, at temperature 1
@@ -12,12 +12,13 @@ One iteration (arXiv 2501.02790, section 2.4):
                    the KL penalty of each token; GAE; whitened
     4. update      clipped policy and value losses, minibatch by minibatch
 
-What differs from the authors' code: the normaliser is fitted when training starts, by this policy's
-own reference and never looked up by a name; every random draw is a function of (seed, iteration,
-row), so that a run can be killed and resumed, or moved to another number of GPUs, and gives the same
-numbers; masks come from lengths; the critic's head starts at zero. Two defaults are the embedded
-world's and not the paper's: --reward_scale total and --missing_eos_reward -3 (none and 0).
+What differs from the authors' code: the normaliser is fitted when training starts, not looked up by
+a name; every random draw is a function of (seed, iteration, row), so that a run can be killed and
+resumed, or moved to another number of GPUs, and gives the same numbers; masks come from lengths; the
+critic's head starts at zero. Two defaults are the embedded world's and not the paper's:
+--reward_scale total and --missing_eos_reward -3 (the paper: none and 0).
 """
+import functools
 import inspect
 import json
 import math
@@ -38,42 +39,38 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from segment import (WORLD, Dtype, Granularity, LanguageModel, compute_dtype, encode_chats,
                      encode_prompts, fail, in_world, is_finished, load_model, load_pairs,
-                     load_prompts, load_tokenizer, map_rows, micro_batches, one_line, opt, pad,
-                     paint, parse, prepare_world, prompt_text, rank, read_config, response_mask, say,
+                     load_prompts, load_tokenizer, map_rows, micro_batches, opt, pad, paint, parse,
+                     prepare_world, prompt_text, rank, read_config, response_mask, say,
                      segment_locations, segment_texts, sequence_score, setup, trained_how)
 from train_rm import (Normalizer, ScalarModel, begin_run, finish_run, fit_normalizer, learning_rate,
-                      log_metrics, look_at_run, rewards_at_ends, save, spread_rewards,
-                      token_rewards)
+                      log_metrics, look_at_run, rewards_at_ends, save, token_rewards)
 
 
 @dataclass
 class Config:
     # what to train on what
     model: str = opt(f"{WORLD}/sft", "the SFT model: policy, critic, reference, entropies")
-    reward_model: str = opt("out/rm/model", "a reward model, or file.py:function of (prompt, response)"
-                            " -> [(value, index of its last token)], the true rewards of segments")
+    reward_model: str = opt("out/rm/model", "a reward model, or file.py:function of (prompt, "
+                            "response) -> [(value, index of its last token)], the true rewards")
     data: str = opt(f"{WORLD}/prompts.jsonl", "prompts (paper: "
                     "argilla/ultrafeedback-binarized-preferences-cleaned)")
     out: str = opt("out/ppo", "output folder")
-    gold: Optional[str] = opt(None, "file.py:function of (prompt, response), the true reward: logged,"
-                              " never used (default: the embedded world's, if --data is)")
+    gold: Optional[str] = opt(None, "file.py:function of (prompt, response), the true reward: only "
+                              "logged (default: the embedded world's, if --data is)")
     max_samples: int = opt(0, "read at most this many prompts (0: all)")
     # the reward
-    granularity: Optional[Granularity] = opt(None, "how PPO uses the reward (default: as the reward "
-                                             "model was trained)")
-    cutoff: Optional[float] = opt(None, "nats (default: the reward model's)")
-    normalizer: Literal["location", "global", "last", "none"] = opt("location", "statistics by which "
-                                                                    "rewards are normalised")
-    interpolation: Literal["even", "repeat", "end"] = opt("even", "how tokens get their segment's "
-                                                          "reward")
-    reward_scale: Literal["total", "none"] = opt("total", "divide by the deviation of a response's "
-                                                 "total (paper: none)")
+    granularity: Optional[Granularity] = opt(None, "default: as the reward model was trained")
+    cutoff: Optional[float] = opt(None, "nats; default: the reward model's")
+    normalizer: Literal["location", "global", "last", "none"] = opt("location", "statistics to use")
+    interpolation: Literal["even", "repeat", "end"] = opt("even", "of a segment's reward")
+    reward_scale: Literal["total", "none"] = opt("total", "total: divide by the deviation of a "
+                                                 "response's total reward (paper: none)")
     fit: str = opt("", "'w_mean w_std b_mean b_std', published, instead of calibrating")
-    calibration_data: Optional[str] = opt(None, "preferences that the reward model was not trained on"
-                                          " (default: the embedded world's, if --data is)")
+    calibration_data: Optional[str] = opt(None, "preferences that the reward model was not trained "
+                                          "on (default: the embedded world's, if --data is)")
     calibration_samples: int = opt(2000, "read at most this many pairs of them")
     kl_coef: float = opt(0.03, "price of a nat away from the SFT model (paper: 0.01)")
-    missing_eos_reward: float = opt(-3.0, "at the last token of an unfinished response (paper: 0)")
+    missing_eos_reward: float = opt(-3.0, "at the end of an unfinished response (paper: 0)")
     divide_by_length: bool = opt(False, "rewards / response length (paper: Llama-3-SFT, token)")
     bad_length: int = opt(0, "longer or unfinished: --bad_length_reward (Llama-3.1: 800; 0: off)")
     bad_length_reward: float = opt(-0.05, "at every token")
@@ -122,18 +119,20 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
 
     Inside a block all shapes are fixed, every tensor is changed in place and the CPU waits for
     nothing, so that a step can be recorded and replayed. Between blocks the CPU looks: finished rows
-    leave, the cache gets room, noise is drawn. Looking late changes nothing but time.
+    leave, the cache gets room, noise is drawn. Looking late costs time, and changes nothing else.
     """
     device, B = hf.device, len(prompts)
+    V = hf.get_output_embeddings().weight.shape[0]
     block = 64 if device.type == "cuda" else 16
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)             # (B, R)
     logprobs = torch.zeros(B, max_new_tokens, device=device)                             # (B, R)
-    lengths = torch.zeros(B, dtype=torch.long, device=device)                            # (B,)
-    generators = [torch.Generator(device).manual_seed(int(np.random.SeedSequence(s).generate_state(
-        1, np.uint64)[0])) for s in seeds]
+    generators = []
+    for seed in seeds:
+        number = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
+        generators.append(torch.Generator(device).manual_seed(number))
 
-    # Left-padded, only here. The prompt but for its last token fills the cache, so that every step is
-    # the same: put in a token, draw the next.
+    # The cache takes each prompt but its last token, left-padded (only here). Then every step is the
+    # same: put in a token, draw the next.
     P = max(len(p) for p in prompts)
     ids = torch.zeros(B, P, dtype=torch.long, device=device)                             # (B, P)
     mask = torch.zeros(B, P, dtype=torch.long, device=device)                            # (B, P)
@@ -145,69 +144,66 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
     if P > 1:
         hf(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=position[:, :-1],
            past_key_values=cache, use_cache=True, logits_to_keep=1)
+    row = torch.arange(B, device=device)                     # (b,) the prompts still being answered
     s = SimpleNamespace(
-        token=ids[:, -1:], position=position[:, -1:], mask=mask[:, :-1], cache=cache,    # (b, ...)
-        live=torch.ones(B, dtype=torch.bool, device=device), stops=stops.to(device),
-        temperature=temperature, banned=banned)
-    row = torch.arange(B, device=device)                     # (b,) the rows of this block
+        cache=cache, mask=mask[:, :-1], token=ids[:, -1:], position=position[:, -1:],
+        live=torch.ones(B, dtype=torch.bool, device=device), banned=banned,
+        stops=stops.to(device), temperature=temperature)
 
     for first in range(0, max_new_tokens, block):
-        # between blocks: rows that are alive, and room for `block` more tokens in the cache
-        keep = s.live.nonzero()[:, 0]
-        row, s.token, s.position = row[keep], s.token[keep], s.position[keep]
-        s.mask, s.live = F.pad(s.mask[keep], (0, block), value=1), s.live[keep]
+        keep = s.live.nonzero()[:, 0]                        # here the CPU waits for the GPU
+        if not len(keep):
+            break
+        row, s.live, s.token, s.position = [x[keep] for x in (row, s.live, s.token, s.position)]
+        s.mask = F.pad(s.mask[keep], (0, block), value=1)    # (b, cache) hides the left padding
         for layer in cache.layers:
             layer.max_cache_len += block
-            if P > 1 or first > 0:
+            if layer.is_initialized:
                 layer.keys = F.pad(layer.keys[keep], (0, 0, 0, block))
                 layer.values = F.pad(layer.values[keep], (0, 0, 0, block))
-        if not len(row):
-            break
-        s.k = torch.zeros(1, dtype=torch.long, device=device)                            # step in block
-        s.tokens = torch.zeros(block, len(row), dtype=torch.long, device=device)         # (block, b)
-        s.logprobs = torch.zeros(block, len(row), device=device)                         # (block, b)
-        s.length = torch.zeros(len(row), dtype=torch.long, device=device)                # (b,)
+        s.k = torch.zeros(1, dtype=torch.long, device=device)            # step within the block
+        s.tokens = torch.zeros(block, len(row), dtype=torch.long, device=device)     # (block, b)
+        s.logprobs = torch.zeros(block, len(row), device=device)                     # (block, b)
+        s.noise = torch.ones(block, len(row), V, device=device)                      # (block, b, V)
         if temperature > 0:
-            V = hf.get_output_embeddings().weight.shape[0]
-            s.noise = torch.empty(block, len(row), V, device=device)
             for b, i in enumerate(row.tolist()):
-                s.noise[:, b] = torch.empty(block, V, device=device).exponential_(
-                    generator=generators[i])
+                s.noise[:, b] = s.noise.new_empty(block, V).exponential_(generator=generators[i])
         steps = min(block, max_new_tokens - first)
-        if record and steps > 1:
-            replay = record(lambda: decode_step(hf, s))
-            for _ in range(steps - 1):
-                replay()
-        else:
-            for _ in range(steps):
-                decode_step(hf, s)
+        step = functools.partial(decode_step, hf, s)
+        if record:
+            step = record(step)                              # the first step is done
+        for _ in range(steps - 1 if record else steps):
+            step()
         tokens[row, first:first + steps] = s.tokens[:steps].T
         logprobs[row, first:first + steps] = s.logprobs[:steps].T
-        lengths[row] += s.length
-    return tokens, logprobs, lengths
+
+    stop = (tokens[..., None] == s.stops).any(-1)                                        # (B, R)
+    lengths = torch.where(stop.any(1), stop.int().argmax(1) + 1, max_new_tokens)         # (B,)
+    mask = torch.arange(max_new_tokens, device=device) < lengths[:, None]                # (B, R)
+    return tokens * mask, logprobs * mask, lengths
 
 
 def decode_step(hf, s):
-    """Put in one token of each row, draw the next: only tensors of fixed shape, changed in place."""
+    """Put in one token of each row, draw the next: fixed shapes, tensors changed in place."""
     logits = hf(input_ids=s.token, attention_mask=s.mask, position_ids=s.position,
                 past_key_values=s.cache, use_cache=True).logits[:, -1].float()           # (b, V)
     scores = logits if s.banned is None else logits.masked_fill(s.banned, -math.inf)
     if s.temperature > 0:
         # the token with the smallest Exponential(1) noise / p wins with probability p
         scores = scores / s.temperature - s.noise.index_select(0, s.k)[0].log()
-    drawn = scores.argmax(-1)                                                            # (b,)
-    logprob = logits.log_softmax(-1).gather(1, drawn[:, None])                           # (b, 1)
-    s.tokens.index_copy_(0, s.k, (drawn * s.live)[None])
-    s.logprobs.index_copy_(0, s.k, (logprob[:, 0] * s.live)[None])
-    s.length += s.live
-    s.live &= (drawn[:, None] != s.stops).all(1)
-    s.token.copy_(drawn[:, None])
+    drawn = scores.argmax(-1, keepdim=True)                                              # (b, 1)
+    logprob = logits.log_softmax(-1).gather(1, drawn)                                    # (b, 1)
+    s.tokens.index_copy_(0, s.k, drawn.T)
+    s.logprobs.index_copy_(0, s.k, logprob.T)
+    s.live &= (drawn != s.stops).all(1)
+    s.token.copy_(drawn)
     s.position += 1
     s.k += 1
 
 
 def cuda_graph(step):
-    """Run a step, record the next without running it, return its replay: one launch for hundreds."""
+    """Run a step, record the next without running it, return its replay: one launch for a thousand
+    kernels."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -220,24 +216,24 @@ def cuda_graph(step):
 
 
 def can_record(config, device):
-    """Rope that changes with the length is computed on the host, and some deterministic kernels
-    wait for it."""
+    """Rope that changes with the length, and deterministic kernels, need the CPU in every step."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     changes = rope.get("rope_type") in ("dynamic", "longrope")
-    return device.type == "cuda" and not changes and not torch.are_deterministic_algorithms_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return device.type == "cuda" and not changes and not deterministic
 
 
 def sample(hf, prompts, stops, R, seeds, batch_size, temperature=1.0, banned=None, graphs=True):
     """`generate` by all ranks, a part of the prompts each, sorted by length; every rank gets all:
     tokens (B, R), log-probs (B, R), lengths (B,)."""
+    B = len(prompts)
     record = cuda_graph if graphs and can_record(hf.config, hf.device) else None
-    tokens = torch.zeros(len(prompts), R, dtype=torch.long, device=hf.device)            # (B, R)
-    logprobs = torch.zeros(len(prompts), R, device=hf.device)                            # (B, R)
-    lengths = torch.zeros(len(prompts), dtype=torch.long, device=hf.device)              # (B,)
-    by_length = sorted(range(len(prompts)), key=lambda b: len(prompts[b]))
-    mine = by_length[rank()::dist.get_world_size()]
+    tokens = torch.zeros(B, R, dtype=torch.long, device=hf.device)                       # (B, R)
+    logprobs = torch.zeros(B, R, device=hf.device)                                       # (B, R)
+    lengths = torch.zeros(B, dtype=torch.long, device=hf.device)                         # (B,)
+    mine = np.argsort([len(p) for p in prompts], kind="stable")[rank()::dist.get_world_size()]
     for k in range(0, len(mine), batch_size):
-        wave = mine[k:k + batch_size]
+        wave = mine[k:k + batch_size].tolist()
         tokens[wave], logprobs[wave], lengths[wave] = generate(
             hf, [prompts[b] for b in wave], stops, R, [seeds[b] for b in wave], temperature, banned,
             record)
@@ -247,8 +243,8 @@ def sample(hf, prompts, stops, R, seeds, batch_size, temperature=1.0, banned=Non
 
 
 def plain_copy(model, dtype, device):
-    """A whole, frozen Hugging Face model on every rank, to decode with: on shards, decoding would
-    gather every layer for every token. Its weights are refreshed by `refresh`."""
+    """A whole Hugging Face model on every rank, to decode with: on shards, decoding would gather
+    every layer for every token."""
     with device:
         hf = model.auto_class.from_config(model.hf.config, dtype=dtype)
     refresh(hf, model)
@@ -257,6 +253,7 @@ def plain_copy(model, dtype, device):
 
 @torch.no_grad()
 def refresh(hf, model):
+    """The copy gets the model's weights of today."""
     for p, q in zip(hf.parameters(), model.hf.parameters(), strict=True):
         p.copy_(q.full_tensor())
     for p, q in zip(hf.buffers(), model.hf.buffers(), strict=True):
@@ -276,10 +273,8 @@ def never_sampled(tokenizer, stops, vocab_size):
 # --------------------------------------------------------------------------------------------------
 def calibrate(rewards, ends, mask, kind, how):
     """Fit the normaliser, and S: the standard deviation over responses of the total normalised
-    reward. n segments sum to about n times a bandit's reward, which one KL coefficient cannot serve.
-
-    rewards, ends, mask: (B, R) of calibration responses. Returns Normalizer, S.
-    """
+    reward (ours: n segments sum to about n times a bandit's reward, and one KL coefficient cannot
+    serve both). rewards, ends, mask: (B, R) of calibration responses. Returns Normalizer, S."""
     p = segment_locations(ends)[ends].cpu()                                              # (N,)
     y = rewards[ends].cpu()                                                              # (N,)
     try:
@@ -334,7 +329,7 @@ def gae(rewards, values, mask, gamma, lam):
 
 
 def whiten(x, mask):
-    """Mean 0 and population deviation 1 over all valid tokens. x, mask: (B, R), all ranks' rollout."""
+    """Mean 0, population deviation 1 over all valid tokens. x, mask: (B, R), of all ranks."""
     valid = x[mask]
     return torch.where(mask, (x - valid.mean()) / (valid.std(correction=0) + 1e-8), 0.0)
 
@@ -358,7 +353,7 @@ def value_loss(values, old_values, returns, mask, clip):
 
 
 # ==================================================================================================
-# Plumbing. Functions of the user, and where rewards come from
+# Plumbing. Where rewards come from
 # ==================================================================================================
 def load_function(spec, flag):
     """file.py:name -> f(prompt text, response text, finished), which passes `finished` on to a
@@ -374,59 +369,88 @@ def load_function(spec, flag):
     return lambda prompt, response, finished: function(prompt, response)
 
 
-def true_scalars(function, prompts, rows, tokenizer, stops, device):
-    """What a reward model's scalars would be if it knew the truth: each token of a segment holds the
-    segment's value. prompts: B texts; rows: B (prompt ids, response ids). Returns (B, R)."""
-    scalars = torch.zeros(response_mask(rows, "cpu").shape)                              # (B, R)
-    for b, finished in enumerate(is_finished(rows, stops).tolist()):
-        first = 0
-        response = tokenizer.decode(rows[b][1], skip_special_tokens=True)
-        for value, end in function(prompts[b], response, finished):
-            scalars[b, first:end + 1] = value
-            first = end + 1
-    return scalars.to(device)
-
-
 def same_tokens(mine, theirs):
-    """Do both tokenizers give every token the same id? Special tokens may be missing from one: many
+    """Do two tokenizers give every token the same id? Special tokens may be missing from one: many
     reward models add a pad token, which nobody reads."""
     a, b = mine.get_vocab(), theirs.get_vocab()
     special = {*mine.all_special_tokens, *theirs.all_special_tokens}
-    return all(a.get(t) == b.get(t) for t in {*a, *b} - special)
+    return all(a.get(token) == b.get(token) for token in {*a, *b} - special)
 
 
-def find_calibration(cfg, scalars_of, reference, tokenizer, stops, own, use, cutoff, how, device):
-    """The normaliser and S: published (--fit), or kept by the run to resume, or fitted now.
-    scalars_of(rows, prompt texts) -> (B, R). Returns Normalizer, S."""
-    kept = f"{cfg.out}/config.json"
-    if os.path.exists(kept):
-        with open(kept) as f:
-            calibration = json.load(f)["calibration"]
-        return Normalizer.from_dict(calibration["normalizer"]), calibration["scale"]
-    if cfg.fit:
-        try:
+class Reward:
+    """A reward model, or the truth, and how it is used: what it was trained on (`own`), what PPO
+    makes of it (`use`), the cutoff, and `how` a segment's reward is spread."""
+
+    def __init__(self, cfg, tokenizer, stops, dtype, device):
+        self.cfg, self.tokenizer, self.stops, self.device = cfg, tokenizer, stops, device
+        self.function = None
+        if ".py:" in cfg.reward_model:
+            self.function = load_function(cfg.reward_model, "--reward_model")
+            if cfg.granularity is None or cfg.granularity == "segment" and cfg.cutoff is None:
+                fail("--reward_model of a function needs --granularity, and --cutoff for segments")
+            self.own, cutoff = cfg.granularity, 0.0
+        else:
+            self.own, cutoff = trained_how(cfg.reward_model, cfg.granularity, cfg.cutoff)
+            trained_with = getattr(read_config(cfg.reward_model), "segment_model", cfg.model)
+            if trained_with != cfg.model:
+                say(f"note: {cfg.reward_model} was trained on the segments of {trained_with}")
+            if not same_tokens(tokenizer, load_tokenizer(cfg.reward_model)[0]):
+                fail(f"--reward_model {cfg.reward_model}: its tokens are not those of {cfg.model}")
+            self.model = load_model(cfg.reward_model, ScalarModel, device, dtype)
+        self.use = cfg.granularity or self.own
+        self.cutoff = cutoff if cfg.cutoff is None else cfg.cutoff
+        # a bandit's reward sits at the last token
+        self.how = "end" if self.use == "bandit" else cfg.interpolation
+
+    def at_ends(self, rows, texts, sft_entropy):
+        """Rewards and segment ends, (B, R) each, of B (prompt ids, response ids); texts: B prompts."""
+        mask = response_mask(rows, self.device)                                          # (B, R)
+        finished = is_finished(rows, self.stops)                                         # (B,)
+        if not self.function:
+            scalars = map_rows(self.model, rows, self.cfg.micro_tokens, self.device, "rewards")
+        else:
+            scalars = torch.zeros(mask.shape, device=self.device)      # what a model would say that
+            for b, (_, response) in enumerate(rows):                   # knows the truth: each token
+                first = 0                                              # holds its segment's value
+                answer = self.tokenizer.decode(response, skip_special_tokens=True)
+                for value, end in self.function(texts[b], answer, bool(finished[b])):
+                    scalars[b, first:end + 1] = value
+                    first = end + 1
+        return rewards_at_ends(scalars, sft_entropy, mask, finished.to(self.device), self.cutoff,
+                               self.own, self.use)
+
+    def calibrate(self, reference):
+        """The normaliser and the scale: published (--fit), kept by the run to resume, or fitted
+        now to responses that the reward model was not trained on."""
+        cfg = self.cfg
+        if os.path.exists(f"{cfg.out}/config.json"):
+            with open(f"{cfg.out}/config.json") as f:
+                kept = json.load(f)["calibration"]
+            return Normalizer.from_dict(kept["normalizer"]), kept["scale"]
+        if cfg.fit:
             w_mean, w_std, b_mean, b_std = [float(x) for x in cfg.fit.split()]
-        except ValueError:
-            fail(f"--fit {cfg.fit!r}: takes 'w_mean w_std b_mean b_std'")
-        return Normalizer(w_mean, b_mean, w_std, b_std), 1.0
-    source = cfg.calibration_data or f"{WORLD}/pairs_test.jsonl"
-    pairs = load_pairs(source, cfg.calibration_samples)
-    chats = [(prompt, [chosen, rejected], where) for prompt, chosen, rejected, where in pairs]
-    rows = encode_chats(tokenizer, stops, chats, cfg.max_prompt_tokens + cfg.max_new_tokens,
-                        cfg.max_prompt_tokens)
-    texts = [prompt_text(prompt) for prompt, *_ in pairs for _ in range(2)]
-    _, sft_entropy = map_rows(reference, rows, cfg.micro_tokens, device, "calibration")  # (2n, R)
-    mask, finished = response_mask(rows, device), is_finished(rows, stops).to(device)
-    rewards, ends = rewards_at_ends(scalars_of(rows, texts), sft_entropy, mask, finished, cutoff,
-                                    own, use)                                            # (2n, R)
-    normalizer, S = calibrate(rewards, ends, mask, cfg.normalizer, how)
-    say(f"calibrated on {len(rows)} responses of {source}: mean {normalizer.w_mean:.3f} log p + "
-        f"{normalizer.b_mean:.3f}, std {normalizer.w_std:.3f} log p + {normalizer.b_std:.3f}, S "
-        f"{S:.3g}")
-    return normalizer, S if cfg.reward_scale == "total" else 1.0
+            return Normalizer(w_mean, b_mean, w_std, b_std), 1.0
+        source = cfg.calibration_data or f"{WORLD}/pairs_test.jsonl"
+        chats, texts = [], []
+        for prompt, chosen, rejected, where in load_pairs(source, cfg.calibration_samples):
+            chats.append((prompt, [chosen, rejected], where))
+            texts += [prompt_text(prompt)] * 2
+        rows = encode_chats(self.tokenizer, self.stops, chats,
+                            cfg.max_prompt_tokens + cfg.max_new_tokens, cfg.max_prompt_tokens)
+        _, sft_entropy = map_rows(reference, rows, cfg.micro_tokens, self.device, "calibration")
+        rewards, ends = self.at_ends(rows, texts, sft_entropy)                           # (2n, R)
+        mask = response_mask(rows, self.device)
+        normalizer, S = calibrate(rewards, ends, mask, cfg.normalizer, self.how)
+        say(f"calibrated on {len(rows)} responses of {source}: mean {normalizer.w_mean:.3f} log p + "
+            f"{normalizer.b_mean:.3f}, std {normalizer.w_std:.3f} log p + {normalizer.b_std:.3f}, "
+            f"S {S:.3g}")
+        return normalizer, S if cfg.reward_scale == "total" else 1.0
 
 
-def check(cfg, config, prompts, ranks):
+# --------------------------------------------------------------------------------------------------
+# Plumbing. What is refused, what is shown
+# --------------------------------------------------------------------------------------------------
+def check(cfg, prompts, ranks):
     """What would go wrong late, or silently, is said now."""
     if len(prompts) < cfg.rollout_batch_size:
         fail(f"{cfg.data}: {len(prompts)} prompts do not fill one --rollout_batch_size "
@@ -434,34 +458,32 @@ def check(cfg, config, prompts, ranks):
     if cfg.rollout_batch_size % cfg.batch_size or cfg.batch_size % ranks:
         fail(f"--rollout_batch_size {cfg.rollout_batch_size} must be a multiple of --batch_size "
              f"{cfg.batch_size}, and that of the {ranks} ranks")
-    if cfg.max_prompt_tokens + cfg.max_new_tokens > config.max_position_embeddings:
-        fail(f"--max_prompt_tokens {cfg.max_prompt_tokens} + --max_new_tokens {cfg.max_new_tokens}: "
-             f"the context of {cfg.model} is {config.max_position_embeddings}")
-    if cfg.fit and cfg.reward_scale != "none":
-        fail("--fit needs --reward_scale none: published numbers do not tell S")
+    context = read_config(cfg.model).max_position_embeddings
+    if cfg.max_prompt_tokens + cfg.max_new_tokens > context:
+        fail(f"--max_prompt_tokens {cfg.max_prompt_tokens} + --max_new_tokens {cfg.max_new_tokens} "
+             f"is more than the context of {cfg.model}, {context}")
+    if cfg.fit and (cfg.reward_scale != "none" or len(cfg.fit.split()) != 4):
+        fail("--fit takes 'w_mean w_std b_mean b_std' and --reward_scale none: S is not known")
     if in_world(cfg.data):
         return
     if not cfg.fit and not cfg.calibration_data:
         fail("--calibration_data: give preference pairs that the reward model was not trained on, "
              "such as PAIRS:train[98%:]")
     if cfg.missing_eos_reward == -3 or cfg.reward_scale == "total":
-        say(f"note: --missing_eos_reward {cfg.missing_eos_reward:g}, --reward_scale "
-            f"{cfg.reward_scale}: -3 and total are the embedded world's defaults; the paper has 0 "
-            "and none")
+        say(f"note: --missing_eos_reward {cfg.missing_eos_reward:g} --reward_scale "
+            f"{cfg.reward_scale}; the embedded world's defaults are -3 and total, the paper's 0 and "
+            "none")
 
 
-def show(cfg, row, steps, began, first_step):
+def show(row, steps, seconds_left):
     """The log line of an iteration."""
-    names = ("reward", "gold", "kl", "response_length", "finished", "clip_fraction",
-             "explained_variance")
-    parts = [f"step {row['step']}/{steps}"]
-    for name in names:
+    line = f"step {row['step']}/{steps}"
+    for name in ("reward", "gold", "kl", "response_length", "finished", "clip_fraction",
+                 "explained_variance"):
         if name in row:
-            parts.append(f"{name.replace('response_', '').replace('_', ' ')} {row[name]:.3g}")
-    parts.append(f"{row['tokens_per_second']:,.0f} tokens/s (generate {row['time_generate']:.1f} s, "
-                 f"score {row['time_score']:.1f} s, train {row['time_train']:.1f} s)")
-    left = (time.time() - began) / (row["step"] - first_step) * (steps - row["step"])
-    say(" | ".join(parts) + f" | {left:.0f} s left")
+            line += f" | {name.replace('_', ' ')} {row[name]:.3g}"
+    say(f"{line} | {row['tokens_per_second']:,.0f} tokens/s (generate {row['time_generate']:.1f}, "
+        f"score {row['time_score']:.1f}, train {row['time_train']:.1f} s) | {seconds_left:.0f} s left")
 
 
 def memory_gb(device):
@@ -469,6 +491,11 @@ def memory_gb(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+def prompt_order(seed, turn, n):
+    """The order of n prompts in pass number `turn` over them."""
+    return np.random.default_rng([seed, 0, turn]).permutation(n)
 
 
 # ==================================================================================================
@@ -480,52 +507,26 @@ def main(cfg):
         return
     prepare_world(cfg.model, cfg.data)
     ranks, dtype = dist.get_world_size(), compute_dtype(cfg.dtype, device)
-    config = read_config(cfg.model)
     tokenizer, stops = load_tokenizer(cfg.model)
     chats = load_prompts(cfg.data, cfg.max_samples)
-    check(cfg, config, chats, ranks)
+    check(cfg, chats, ranks)
     prompts = encode_prompts(tokenizer, chats, cfg.max_prompt_tokens, cfg.data)
     gold = cfg.gold
     if gold is None and in_world(cfg.data):
         gold = f"{WORLD}/prepare.py:gold_reward"
     gold_function = load_function(gold, "--gold") if gold else None
 
-    # ----------------------------------------------------------------------------------------------
-    # where rewards come from, and the four models
-    # ----------------------------------------------------------------------------------------------
-    truth = reward_model = None
-    if ".py:" in cfg.reward_model:
-        truth = load_function(cfg.reward_model, "--reward_model")
-        if cfg.granularity is None or cfg.granularity == "segment" and cfg.cutoff is None:
-            fail("--reward_model of a function needs --granularity, and --cutoff for segments")
-        own, own_cutoff = cfg.granularity, cfg.cutoff or 0.0
-    else:
-        own, own_cutoff = trained_how(cfg.reward_model, cfg.granularity, cfg.cutoff)
-        trained_on = getattr(read_config(cfg.reward_model), "segment_model", cfg.model)
-        if trained_on != cfg.model:
-            say(f"note: {cfg.reward_model} was trained with the segments of {trained_on}")
-        if not same_tokens(tokenizer, load_tokenizer(cfg.reward_model)[0]):
-            fail(f"--reward_model {cfg.reward_model}: its tokenizer is not that of {cfg.model}")
-        reward_model = load_model(cfg.reward_model, ScalarModel, device, dtype)
-    use = cfg.granularity or own
-    cutoff = own_cutoff if cfg.cutoff is None else cfg.cutoff
-    how = "end" if use == "bandit" else cfg.interpolation    # a bandit's reward sits at the last token
-
-    def scalars_of(rows, texts):
-        if truth:
-            return true_scalars(truth, texts, rows, tokenizer, stops, device)
-        return map_rows(reward_model, rows, cfg.micro_tokens, device)
-
+    # the models: two that learn, two that are frozen, and a plain copy of the actor to sample from
+    reward = Reward(cfg, tokenizer, stops, dtype, device)
+    reference = load_model(cfg.model, LanguageModel, device, dtype)
+    normalizer, scale = reward.calibrate(reference)
     actor = load_model(cfg.model, LanguageModel, device, dtype, train=True,
                        grad_checkpoint=cfg.grad_checkpoint)
     critic = load_model(cfg.model, ScalarModel, device, dtype, train=True,
                         grad_checkpoint=cfg.grad_checkpoint, head_std=0.0)
     critic.shift = -1
-    reference = load_model(cfg.model, LanguageModel, device, dtype)
     sampler = plain_copy(actor, dtype, device)
-    banned = never_sampled(tokenizer, stops, config.vocab_size).to(device)
-    normalizer, scale = find_calibration(cfg, scalars_of, reference, tokenizer, stops, own, use,
-                                         cutoff, how, device)
+    banned = never_sampled(tokenizer, stops, actor.hf.config.vocab_size).to(device)
     actor_optimizer, critic_optimizer = [
         torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
         for model in (actor, critic)]
@@ -538,54 +539,46 @@ def main(cfg):
     minibatches = B // cfg.batch_size
     updates = cfg.ppo_epochs * minibatches                   # in an iteration
     say(f"{steps} iterations x {B} responses on {ranks} x {device.type}: {cfg.ppo_epochs} epochs x "
-        f"{minibatches} minibatches x {cfg.batch_size} responses\n{own} reward used as {use}, cutoff "
-        f"{cutoff}, {cfg.normalizer} normaliser, scale {scale:.3g}")
+        f"{minibatches} minibatches x {cfg.batch_size} responses\n{reward.own} reward used as "
+        f"{reward.use}, cutoff {reward.cutoff}, {cfg.normalizer} normaliser, scale {scale:.3g}")
 
     began = time.time()
     for step in range(first_step, steps):
-        # ------------------------------------------------------------------------------------------
-        # 1. sample: each rank decodes its rows, every rank gets all of them
-        # ------------------------------------------------------------------------------------------
+        # 1. sample: each rank decodes its rows, every rank gets all of them ------------------------
         time_start = time.time()
         refresh(sampler, actor)
         drawn = []                                           # (B,) rows of --data
         for k in range(step * B, (step + 1) * B):
             turn, i = divmod(k, len(prompts))
             drawn.append(prompt_order(cfg.seed, turn, len(prompts))[i])
-        tokens, sampled_logprobs, lengths = sample(
+        tokens, sampled_logprobs, lengths = sample(                          # (B, R), (B, R), (B,)
             sampler, [prompts[i] for i in drawn], stops, cfg.max_new_tokens,
             [(cfg.seed, 1, step, b) for b in range(B)], cfg.generation_batch_size, banned=banned,
-            graphs=cfg.cuda_graphs)                                          # (B, R), (B, R), (B,)
+            graphs=cfg.cuda_graphs)
         responses = [t[:n].astype(np.int32) for t, n in zip(tokens.cpu().numpy(), lengths.tolist())]
         rows = [(prompts[i], response) for i, response in zip(drawn, responses)]
         texts = [prompt_text(chats[i]) for i in drawn]
-        mask, finished = response_mask(rows, device), is_finished(rows, stops).to(device)
+        mask = response_mask(rows, device)                                               # (B, R)
+        finished = is_finished(rows, stops).to(device)                                   # (B,)
 
-        # ------------------------------------------------------------------------------------------
-        # 2. score: the models read the rows; every rank gets all results, (B, R) each
-        # ------------------------------------------------------------------------------------------
+        # 2. score: the models read the rows; every rank gets all results, (B, R) each --------------
         time_score = time.time()
         logprobs, policy_entropy = map_rows(actor, rows, cfg.micro_tokens, device)
         ref_logprobs, sft_entropy = map_rows(reference, rows, cfg.micro_tokens, device)
         values = map_rows(critic, rows, cfg.micro_tokens, device)
-        scalars = scalars_of(rows, texts)
-        rewards, ends = rewards_at_ends(scalars, sft_entropy, mask, finished, cutoff, own, use)
+        rewards, ends = reward.at_ends(rows, texts, sft_entropy)
 
-        # ------------------------------------------------------------------------------------------
-        # 3. advantages: how much better was each token than the critic expected?
-        # ------------------------------------------------------------------------------------------
-        dense = dense_rewards(cfg, rewards, ends, mask, finished, normalizer, how, scale)  # (B, R)
+        # 3. advantages: how much better was each token than the critic expected? -------------------
+        dense = dense_rewards(cfg, rewards, ends, mask, finished, normalizer, reward.how, scale)
         kl = logprobs - ref_logprobs                         # (B, R) keeps us near the SFT model
         advantages, returns = gae(dense - cfg.kl_coef * kl, values, mask, cfg.gamma, cfg.lam)
-        advantages = whiten(advantages, mask)
+        advantages = whiten(advantages, mask)                                            # (B, R)
 
-        # ------------------------------------------------------------------------------------------
-        # 4. update: each minibatch is one optimizer step of actor and critic
-        # ------------------------------------------------------------------------------------------
+        # 4. update: each minibatch is one optimizer step of actor and critic -----------------------
         time_train = time.time()
         row_lengths = [len(p) + len(r) for p, r in rows]
         sums, norms = torch.zeros(3, device=device), torch.zeros(2, device=device)
-        first_ratio = torch.ones((), device=device)          # furthest from 1 in the first minibatch
+        first_ratio = torch.ones((), device=device)          # the largest in the first minibatch
         for update in range(updates):
             epoch, position = divmod(update, minibatches)
             order = np.random.default_rng([cfg.seed, 2, step, epoch]).permutation(B)
@@ -598,25 +591,25 @@ def main(cfg):
                 mb_mask = mask[mb, :R]                                                   # (b, R)
                 # FSDP averages gradients over the ranks: a response weighs ranks / batch_size
                 weight = ranks / cfg.batch_size
-                policy_losses, ratio = policy_loss(actor(*batch)[0], logprobs[mb, :R],
+                new_logprobs, _ = actor(*batch)                                          # (b, R)
+                policy_losses, ratio = policy_loss(new_logprobs, logprobs[mb, :R],
                                                    advantages[mb, :R], mb_mask, cfg.clip)
                 (policy_losses.sum() * weight).backward()
                 value_losses = value_loss(critic(*batch), values[mb, :R], returns[mb, :R], mb_mask,
                                           cfg.value_clip)                                # (b,)
                 (value_losses.sum() * weight).backward()
-                off = (ratio.detach() - 1).abs() * mb_mask                               # (b, R)
-                clipped = mean_tokens((off > cfg.clip).float(), mb_mask)                 # (b,)
-                sums += torch.stack([x.detach().sum()
-                                     for x in (policy_losses, value_losses, clipped)])
+                away = (ratio.detach() - 1).abs() * mb_mask                              # (b, R)
+                clipped = mean_tokens((away > cfg.clip).float(), mb_mask)                # (b,)
+                sums += torch.stack([policy_losses, value_losses, clipped]).detach().sum(1)
                 if update == 0:
-                    first_ratio = torch.maximum(first_ratio, 1 + off.max())
-            rate = learning_rate(step * updates + update, steps * updates, cfg.warmup)
+                    first_ratio = torch.maximum(first_ratio, 1 + away.max())
             norm = torch.stack([nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm)
                                 .full_tensor() for model in (actor, critic)])
             if not norm.isfinite().all():
-                fail(f"iteration {step + 1}: a gradient is not finite; lower --actor_lr, or look at "
-                     "the reward")
+                fail(f"iteration {step + 1}: a gradient is not finite; lower --actor_lr, or look "
+                     "at the rewards")
             norms += norm
+            rate = learning_rate(step * updates + update, steps * updates, cfg.warmup)
             for optimizer, peak in ((actor_optimizer, cfg.actor_lr),
                                     (critic_optimizer, cfg.critic_lr)):
                 optimizer.param_groups[0]["lr"] = peak * rate
@@ -625,15 +618,13 @@ def main(cfg):
         dist.all_reduce(sums)
         dist.all_reduce(first_ratio, dist.ReduceOp.MAX)
 
-        # ------------------------------------------------------------------------------------------
-        # what happened
-        # ------------------------------------------------------------------------------------------
+        # what happened ------------------------------------------------------------------------------
+        n = int(mask.sum())
         policy_mean, value_mean, clip_fraction = (sums / (cfg.ppo_epochs * B)).tolist()
         actor_norm, critic_norm = (norms / updates).tolist()
-        time_end = time.time()
-        n = int(mask.sum())
         unexplained = (returns - values)[mask].var() / returns[mask].var().clamp(min=1e-12)
         gap = (logprobs - sampled_logprobs[:, :mask.shape[1]]).abs().max()
+        time_end = time.time()
         row = {
             "step": step + 1, "reward": float(sequence_score(rewards, ends).mean()),
             "reward_total": float(dense.sum(1).mean()), "kl": float(kl.sum(1).mean()),
@@ -649,22 +640,17 @@ def main(cfg):
             "time_train": time_end - time_train, "memory_gb": memory_gb(device),
             "tokens_per_second": sum(row_lengths) / (time_end - time_start)}
         if gold_function:
-            answers = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
-            row["gold"] = float(np.mean([gold_function(text, answer, bool(done)) for
-                                         text, answer, done in zip(texts, answers, finished)]))
+            answers = tokenizer.batch_decode(responses, skip_special_tokens=True)
+            row["gold"] = float(np.mean([gold_function(text, answer, done) for text, answer, done
+                                         in zip(texts, answers, finished.tolist())]))
         log_metrics(cfg, row)
-        show(cfg, row, steps, began, first_step)
+        show(row, steps, (time.time() - began) / (step + 1 - first_step) * (steps - step - 1))
         if (step + 1) % cfg.sample_every == 0 or step + 1 == steps:
             pieces = segment_texts(tokenizer, responses[0], ends[0, :len(responses[0])].cpu())
             say(f"  {texts[0].strip()}\n  {paint(pieces, rewards[0, ends[0]].tolist())}")
         if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
             save(cfg, step + 1, trained, actor, tokenizer, dtype)
     finish_run(cfg)
-
-
-def prompt_order(seed, turn, n):
-    """The order of n prompts in pass number `turn` over them."""
-    return np.random.default_rng([seed, 0, turn]).permutation(n)
 
 
 if __name__ == "__main__":
