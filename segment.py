@@ -376,8 +376,8 @@ def response_mask(rows, device):
 
 @torch.no_grad()
 def map_rows(model, rows, budget, device, title=""):
-    """What model(ids, prompt_lens, response_lens), (..., b, r), says of all rows, (..., B, R), on each
-    rank. Micro-batches are dealt to the ranks; the sum over ranks puts the results together."""
+    """model(ids, prompt_lens, response_lens), (..., b, r), of all rows: (..., B, R) on each rank.
+    Micro-batches are dealt to the ranks; the sum over ranks puts the results together."""
     ranks, R = dist.get_world_size(), max(len(r) for _, r in rows)
     filled = rows + rows[-1:] * (-len(rows) % ranks)                 # to a multiple of the ranks
     batches = micro_batches([len(p) + len(r) for p, r in filled], budget, ranks)[rank()::ranks]
@@ -520,7 +520,7 @@ def load_tokenizer(path):
 def render(tokenizer, messages, where, **kwargs):
     """Messages -> text by the chat template. A special token that a person typed must not end a
     turn: an invisible character after its first letter keeps it text."""
-    day = datetime(2024, 7, 26)              # a template that prints the date must not change tokens
+    day = datetime(2024, 7, 26)              # some templates print a date: never today's
     safe = []
     for message in messages:
         content = message["content"]
@@ -618,17 +618,6 @@ def paint(texts, rewards=()):
     return " |".join(text + note for text, note in zip(texts, notes))
 
 
-def cutoff_for(target_length, entropy, content, last):
-    """The cutoff whose segments have target_length tokens on average: a segment ends at every high
-    entropy and once a response, so it is one of the entropies inside. All (B, R)."""
-    inner = entropy[content & ~last].sort(descending=True).values                        # (N,)
-    tokens = int(content.sum())
-    wanted = round(tokens / target_length) - len(entropy)            # ends inside the responses
-    if not 0 <= wanted < len(inner):
-        fail(f"--target_length {target_length}: here 1 to {tokens / len(entropy):.0f} is possible")
-    return round(float(inner[wanted]), 6)
-
-
 def main(cfg):
     device = setup()
     prepare_world(cfg.model, "" if cfg.text else cfg.data)
@@ -650,9 +639,12 @@ def main(cfg):
     _, entropy = map_rows(model, rows, cfg.micro_tokens, device, "entropies")            # (B, R)
     mask, finished = response_mask(rows, device), is_finished(rows, stops).to(device)
     content = segment_ends(entropy, mask, finished, 0.0, "token")                        # (B, R)
-    if cfg.target_length:
+    tokens = int(content.sum())
+    if cfg.target_length:         # a segment ends at each high entropy, and once at each last token
         last = segment_ends(entropy, mask, finished, math.inf, "segment")                # (B, R)
-        cutoff = cutoff_for(cfg.target_length, entropy, content, last)
+        inside = entropy[content & ~last].sort(descending=True).values                   # (N,)
+        wanted = round(tokens / cfg.target_length) - len(rows)
+        cutoff = round(float(inside[min(max(wanted, 0), len(inside) - 1)]), 6)
     ends = segment_ends(entropy, mask, finished, cutoff, granularity)                    # (B, R)
 
     if cfg.reward_model:          # chapter 2 trains it; here its scalar at each token is looked at
@@ -668,7 +660,6 @@ def main(cfg):
         texts = segment_texts(tokenizer, r, ends[b, :len(r)].cpu())
         say(f"\nuser: {prompt[-1]['content'].strip()}\n{paint(texts, rewards)}")
 
-    tokens = int(content.sum())
     say(f"\n{len(rows)} responses, {tokens / len(rows):.1f} tokens each\n"
         "cutoff  segments per response  tokens per segment")
     for c in sorted({.5, .75, 1., 1.25, 1.5, 1.75, 2., 2.5, 3., cutoff}):

@@ -14,8 +14,8 @@ One iteration (arXiv 2501.02790, section 2.4):
 
 What differs from the authors' code: the normaliser is fitted when training starts, not looked up by
 a name; every random draw is a function of (seed, iteration, row), so that a run can be killed and
-resumed, or moved to another number of GPUs, and gives the same numbers; masks come from lengths; the
-critic's head starts at zero. Two defaults are the embedded world's and not the paper's:
+resumed, or moved to another number of GPUs, and gives the same numbers; masks come from lengths;
+the critic's head starts at zero. Two defaults are the embedded world's and not the paper's:
 --reward_scale total and --missing_eos_reward -3 (the paper: none and 0).
 """
 import functools
@@ -118,8 +118,8 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
     (B, R) under the model, and lengths (B,), the stop token included; 0 on padding.
 
     Inside a block all shapes are fixed, every tensor is changed in place and the CPU waits for
-    nothing, so that a step can be recorded and replayed. Between blocks the CPU looks: finished rows
-    leave, the cache gets room, noise is drawn. Looking late costs time, and changes nothing else.
+    nothing, so that a step can be recorded and replayed. Between blocks the CPU looks: finished
+    rows leave, the cache gets room, noise is drawn. Looking late costs time and changes nothing.
     """
     device, B = hf.device, len(prompts)
     V = hf.get_output_embeddings().weight.shape[0]
@@ -131,8 +131,8 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
         number = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
         generators.append(torch.Generator(device).manual_seed(number))
 
-    # The cache takes each prompt but its last token, left-padded (only here). Then every step is the
-    # same: put in a token, draw the next.
+    # The cache takes each prompt but its last token, left-padded (only here). Then every step is
+    # the same: put in a token, draw the next.
     P = max(len(p) for p in prompts)
     ids = torch.zeros(B, P, dtype=torch.long, device=device)                             # (B, P)
     mask = torch.zeros(B, P, dtype=torch.long, device=device)                            # (B, P)
@@ -144,18 +144,20 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
     if P > 1:
         hf(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=position[:, :-1],
            past_key_values=cache, use_cache=True, logits_to_keep=1)
-    row = torch.arange(B, device=device)                     # (b,) the prompts still being answered
-    s = SimpleNamespace(
-        cache=cache, mask=mask[:, :-1], token=ids[:, -1:], position=position[:, -1:],
-        live=torch.ones(B, dtype=torch.bool, device=device), banned=banned,
-        stops=stops.to(device), temperature=temperature)
+    s = SimpleNamespace(cache=cache, banned=banned, stops=stops.to(device), temperature=temperature)
+    s.mask = mask[:, :-1]                                    # (b, cache) hides the left padding
+    s.token = ids[:, -1:]                                    # (b, 1)
+    s.position = position[:, -1:]                            # (b, 1)
+    s.live = torch.ones(B, dtype=torch.bool, device=device)  # (b,) no stop token yet
+    row = torch.arange(B, device=device)                     # (b,) which prompt each row answers
 
     for first in range(0, max_new_tokens, block):
         keep = s.live.nonzero()[:, 0]                        # here the CPU waits for the GPU
         if not len(keep):
             break
-        row, s.live, s.token, s.position = [x[keep] for x in (row, s.live, s.token, s.position)]
-        s.mask = F.pad(s.mask[keep], (0, block), value=1)    # (b, cache) hides the left padding
+        row, s.live = row[keep], s.live[keep]
+        s.token, s.position = s.token[keep], s.position[keep]
+        s.mask = F.pad(s.mask[keep], (0, block), value=1)
         for layer in cache.layers:
             layer.max_cache_len += block
             if layer.is_initialized:
@@ -167,7 +169,8 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
         s.noise = torch.ones(block, len(row), V, device=device)                      # (block, b, V)
         if temperature > 0:
             for b, i in enumerate(row.tolist()):
-                s.noise[:, b] = s.noise.new_empty(block, V).exponential_(generator=generators[i])
+                noise = torch.empty(block, V, device=device)
+                s.noise[:, b] = noise.exponential_(generator=generators[i])
         steps = min(block, max_new_tokens - first)
         step = functools.partial(decode_step, hf, s)
         if record:
@@ -231,7 +234,8 @@ def sample(hf, prompts, stops, R, seeds, batch_size, temperature=1.0, banned=Non
     tokens = torch.zeros(B, R, dtype=torch.long, device=hf.device)                       # (B, R)
     logprobs = torch.zeros(B, R, device=hf.device)                                       # (B, R)
     lengths = torch.zeros(B, dtype=torch.long, device=hf.device)                         # (B,)
-    mine = np.argsort([len(p) for p in prompts], kind="stable")[rank()::dist.get_world_size()]
+    by_length = np.argsort([len(p) for p in prompts], kind="stable")
+    mine = by_length[rank()::dist.get_world_size()]
     for k in range(0, len(mine), batch_size):
         wave = mine[k:k + batch_size].tolist()
         tokens[wave], logprobs[wave], lengths[wave] = generate(
@@ -330,26 +334,30 @@ def gae(rewards, values, mask, gamma, lam):
 
 def whiten(x, mask):
     """Mean 0, population deviation 1 over all valid tokens. x, mask: (B, R), of all ranks."""
-    valid = x[mask]
-    return torch.where(mask, (x - valid.mean()) / (valid.std(correction=0) + 1e-8), 0.0)
+    mean = x[mask].mean()
+    deviation = x[mask].std(correction=0)
+    return torch.where(mask, (x - mean) / (deviation + 1e-8), 0.0)
 
 
 def mean_tokens(x, mask):
     """Mean over each response's tokens: a long response weighs no more. (B, R) -> (B,)"""
-    return torch.where(mask, x, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+    total = torch.where(mask, x, 0.0).sum(1)                                             # (B,)
+    return total / mask.sum(1).clamp(min=1)
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     """PPO's clipped policy loss. (B, R) each; returns loss (B,) and the ratio (B, R)."""
     ratio = (logprobs - old_logprobs).exp()
-    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
     return mean_tokens(loss, mask), ratio
 
 
 def value_loss(values, old_values, returns, mask, clip):
     """PPO's clipped value loss. (B, R) each; returns (B,)."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
-    return mean_tokens(0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2), mask)
+    worse = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+    return mean_tokens(0.5 * worse, mask)
 
 
 # ==================================================================================================
@@ -372,9 +380,10 @@ def load_function(spec, flag):
 def same_tokens(mine, theirs):
     """Do two tokenizers give every token the same id? Special tokens may be missing from one: many
     reward models add a pad token, which nobody reads."""
-    a, b = mine.get_vocab(), theirs.get_vocab()
     special = {*mine.all_special_tokens, *theirs.all_special_tokens}
-    return all(a.get(token) == b.get(token) for token in {*a, *b} - special)
+    a = {token: i for token, i in mine.get_vocab().items() if token not in special}
+    b = {token: i for token, i in theirs.get_vocab().items() if token not in special}
+    return a == b
 
 
 class Reward:
@@ -403,15 +412,16 @@ class Reward:
         self.how = "end" if self.use == "bandit" else cfg.interpolation
 
     def at_ends(self, rows, texts, sft_entropy):
-        """Rewards and segment ends, (B, R) each, of B (prompt ids, response ids); texts: B prompts."""
+        """Rewards and segment ends, (B, R), of B (prompt ids, response ids); texts: B prompts."""
         mask = response_mask(rows, self.device)                                          # (B, R)
         finished = is_finished(rows, self.stops)                                         # (B,)
         if not self.function:
             scalars = map_rows(self.model, rows, self.cfg.micro_tokens, self.device, "rewards")
         else:
-            scalars = torch.zeros(mask.shape, device=self.device)      # what a model would say that
-            for b, (_, response) in enumerate(rows):                   # knows the truth: each token
-                first = 0                                              # holds its segment's value
+            # what a model that knows the truth would say: each token holds its segment's value
+            scalars = torch.zeros(mask.shape, device=self.device)                        # (B, R)
+            for b, (_, response) in enumerate(rows):
+                first = 0
                 answer = self.tokenizer.decode(response, skip_special_tokens=True)
                 for value, end in self.function(texts[b], answer, bool(finished[b])):
                     scalars[b, first:end + 1] = value
@@ -441,9 +451,8 @@ class Reward:
         rewards, ends = self.at_ends(rows, texts, sft_entropy)                           # (2n, R)
         mask = response_mask(rows, self.device)
         normalizer, S = calibrate(rewards, ends, mask, cfg.normalizer, self.how)
-        say(f"calibrated on {len(rows)} responses of {source}: mean {normalizer.w_mean:.3f} log p + "
-            f"{normalizer.b_mean:.3f}, std {normalizer.w_std:.3f} log p + {normalizer.b_std:.3f}, "
-            f"S {S:.3g}")
+        fit = {name: round(value, 3) for name, value in normalizer.to_dict().items()}
+        say(f"calibrated on {len(rows)} responses of {source}: {fit}, S {S:.3g}")
         return normalizer, S if cfg.reward_scale == "total" else 1.0
 
 
@@ -470,20 +479,19 @@ def check(cfg, prompts, ranks):
         fail("--calibration_data: give preference pairs that the reward model was not trained on, "
              "such as PAIRS:train[98%:]")
     if cfg.missing_eos_reward == -3 or cfg.reward_scale == "total":
-        say(f"note: --missing_eos_reward {cfg.missing_eos_reward:g} --reward_scale "
-            f"{cfg.reward_scale}; the embedded world's defaults are -3 and total, the paper's 0 and "
-            "none")
+        say("note: --missing_eos_reward -3 and --reward_scale total are defaults of the embedded "
+            "world; the paper has 0 and none")
 
 
 def show(row, steps, seconds_left):
     """The log line of an iteration."""
     line = f"step {row['step']}/{steps}"
     for name in ("reward", "gold", "kl", "response_length", "finished", "clip_fraction",
-                 "explained_variance"):
+                 "explained_variance", "tokens_per_second", "time_generate", "time_score",
+                 "time_train"):
         if name in row:
-            line += f" | {name.replace('_', ' ')} {row[name]:.3g}"
-    say(f"{line} | {row['tokens_per_second']:,.0f} tokens/s (generate {row['time_generate']:.1f}, "
-        f"score {row['time_score']:.1f}, train {row['time_train']:.1f} s) | {seconds_left:.0f} s left")
+            line += f" | {name.replace('_', ' ')} {row[name]:,.2f}"
+    say(f"{line} | {seconds_left:.0f} s left")
 
 
 def memory_gb(device):
@@ -544,7 +552,7 @@ def main(cfg):
 
     began = time.time()
     for step in range(first_step, steps):
-        # 1. sample: each rank decodes its rows, every rank gets all of them ------------------------
+        # 1. sample: each rank decodes its rows, every rank gets all of them -----------------------
         time_start = time.time()
         refresh(sampler, actor)
         drawn = []                                           # (B,) rows of --data
@@ -555,26 +563,27 @@ def main(cfg):
             sampler, [prompts[i] for i in drawn], stops, cfg.max_new_tokens,
             [(cfg.seed, 1, step, b) for b in range(B)], cfg.generation_batch_size, banned=banned,
             graphs=cfg.cuda_graphs)
-        responses = [t[:n].astype(np.int32) for t, n in zip(tokens.cpu().numpy(), lengths.tolist())]
+        tokens = tokens.int().cpu().numpy()
+        responses = [t[:n] for t, n in zip(tokens, lengths.tolist())]
         rows = [(prompts[i], response) for i, response in zip(drawn, responses)]
         texts = [prompt_text(chats[i]) for i in drawn]
         mask = response_mask(rows, device)                                               # (B, R)
         finished = is_finished(rows, stops).to(device)                                   # (B,)
 
-        # 2. score: the models read the rows; every rank gets all results, (B, R) each --------------
+        # 2. score: the models read the rows; every rank gets all results, (B, R) each -------------
         time_score = time.time()
         logprobs, policy_entropy = map_rows(actor, rows, cfg.micro_tokens, device)
         ref_logprobs, sft_entropy = map_rows(reference, rows, cfg.micro_tokens, device)
         values = map_rows(critic, rows, cfg.micro_tokens, device)
         rewards, ends = reward.at_ends(rows, texts, sft_entropy)
 
-        # 3. advantages: how much better was each token than the critic expected? -------------------
+        # 3. advantages: how much better was each token than the critic expected? ------------------
         dense = dense_rewards(cfg, rewards, ends, mask, finished, normalizer, reward.how, scale)
         kl = logprobs - ref_logprobs                         # (B, R) keeps us near the SFT model
         advantages, returns = gae(dense - cfg.kl_coef * kl, values, mask, cfg.gamma, cfg.lam)
         advantages = whiten(advantages, mask)                                            # (B, R)
 
-        # 4. update: each minibatch is one optimizer step of actor and critic -----------------------
+        # 4. update: each minibatch is one optimizer step of actor and critic ----------------------
         time_train = time.time()
         row_lengths = [len(p) + len(r) for p, r in rows]
         sums, norms = torch.zeros(3, device=device), torch.zeros(2, device=device)
@@ -595,8 +604,9 @@ def main(cfg):
                 policy_losses, ratio = policy_loss(new_logprobs, logprobs[mb, :R],
                                                    advantages[mb, :R], mb_mask, cfg.clip)
                 (policy_losses.sum() * weight).backward()
-                value_losses = value_loss(critic(*batch), values[mb, :R], returns[mb, :R], mb_mask,
-                                          cfg.value_clip)                                # (b,)
+                new_values = critic(*batch)                                              # (b, R)
+                value_losses = value_loss(new_values, values[mb, :R], returns[mb, :R], mb_mask,
+                                          cfg.value_clip)
                 (value_losses.sum() * weight).backward()
                 away = (ratio.detach() - 1).abs() * mb_mask                              # (b, R)
                 clipped = mean_tokens((away > cfg.clip).float(), mb_mask)                # (b,)
@@ -618,7 +628,8 @@ def main(cfg):
         dist.all_reduce(sums)
         dist.all_reduce(first_ratio, dist.ReduceOp.MAX)
 
-        # what happened ------------------------------------------------------------------------------
+        # what happened ----------------------------------------------------------------------------
+        done = step + 1
         n = int(mask.sum())
         policy_mean, value_mean, clip_fraction = (sums / (cfg.ppo_epochs * B)).tolist()
         actor_norm, critic_norm = (norms / updates).tolist()
@@ -626,7 +637,7 @@ def main(cfg):
         gap = (logprobs - sampled_logprobs[:, :mask.shape[1]]).abs().max()
         time_end = time.time()
         row = {
-            "step": step + 1, "reward": float(sequence_score(rewards, ends).mean()),
+            "step": done, "reward": float(sequence_score(rewards, ends).mean()),
             "reward_total": float(dense.sum(1).mean()), "kl": float(kl.sum(1).mean()),
             "kl_per_token": float(kl.sum() / n), "response_length": n / B, "response_tokens": n,
             "segment_length": n / max(1, int(ends.sum())),
@@ -641,15 +652,18 @@ def main(cfg):
             "tokens_per_second": sum(row_lengths) / (time_end - time_start)}
         if gold_function:
             answers = tokenizer.batch_decode(responses, skip_special_tokens=True)
-            row["gold"] = float(np.mean([gold_function(text, answer, done) for text, answer, done
-                                         in zip(texts, answers, finished.tolist())]))
+            golds = list(map(gold_function, texts, answers, finished.tolist()))
+            row["gold"] = float(np.mean(golds))
         log_metrics(cfg, row)
-        show(row, steps, (time.time() - began) / (step + 1 - first_step) * (steps - step - 1))
-        if (step + 1) % cfg.sample_every == 0 or step + 1 == steps:
-            pieces = segment_texts(tokenizer, responses[0], ends[0, :len(responses[0])].cpu())
-            say(f"  {texts[0].strip()}\n  {paint(pieces, rewards[0, ends[0]].tolist())}")
-        if (step + 1) % cfg.save_every == 0 or step + 1 == steps:
-            save(cfg, step + 1, trained, actor, tokenizer, dtype)
+        seconds = (time.time() - began) / (done - first_step)
+        show(row, steps, seconds * (steps - done))
+        if done % cfg.sample_every == 0 or done == steps:
+            cuts = ends[0, :lengths[0]].cpu()
+            painted = paint(segment_texts(tokenizer, responses[0], cuts),
+                            rewards[0, ends[0]].tolist())
+            say(f"  {texts[0].strip()}\n  {painted}")
+        if done % cfg.save_every == 0 or done == steps:
+            save(cfg, done, trained, actor, tokenizer, dtype)
     finish_run(cfg)
 
 

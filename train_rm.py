@@ -1,20 +1,18 @@
 """Chapter 2 of 4: a reward model that scores segments, learned from preferences between responses.
 
-    python train_rm.py                                                # the embedded world, 2 minutes
-    python train_rm.py --granularity bandit --out out/rm-bandit       # the classical reward model
-    torchrun --nproc_per_node=8 train_rm.py @config/llama3.1-8b-rm.args       # one node of 8 GPUs
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
-        train_rm.py @config/llama3.1-8b-rm.args                               # two nodes
+    python train_rm.py                                             # the embedded world, 2 minutes
+    python train_rm.py --granularity bandit --out out/rm-bandit    # the classical reward model
+    torchrun --nproc_per_node=8 train_rm.py @config/llama3.1-8b-rm.args          # 8 GPUs
 
-The idea (arXiv 2501.02790, section 2.2): a scalar head reads the backbone at every token. The scalar
-at a segment's last token is the segment's reward, a response scores the mean of its segments'
-rewards, and Bradley-Terry pushes the chosen response's score above the rejected one's. No segment is
-ever labelled.
+The idea (arXiv 2501.02790, section 2.2): a scalar head reads the backbone at every token. The
+scalar at a segment's last token is the segment's reward, a response scores the mean of its
+segments' rewards, and Bradley-Terry pushes the chosen response's score above the rejected one's.
+No segment is ever labelled.
 
-Then (section 2.3) from segment rewards to token rewards: the reward of a segment depends on where in
-the response it lies, so it is normalised by a mean and a standard deviation that are linear in
-log p, p = i/n the relative location, and spread evenly over the segment's tokens. Chapter 3 fits and
-uses this; the functions stand here, where the rewards come from.
+Then (section 2.3) from segment rewards to token rewards: a segment's reward depends on where in the
+response it lies, so it is normalised by a mean and a standard deviation that are linear in log p,
+p = i/n the relative location, and spread evenly over the segment's tokens. Chapter 3 fits and uses
+this; the functions stand here, where the rewards come from.
 
 What differs from the authors' code: the SFT model's entropies are computed inside the step; the fit
 clamps p and the deviation (theirs turns negative at small p, which flips the reward's sign); both
@@ -48,14 +46,14 @@ class Config:
     # what to train on what
     model: str = opt(f"{WORLD}/sft", "the SFT model: the backbone's start, and its entropies")
     data: str = opt(f"{WORLD}/pairs.jsonl", "preferences (paper: hendrydong/preference_700K)")
-    eval_data: Optional[str] = opt(None, "held-out preferences (default: the last 2 % of --data, at "
-                                   "most 2,000; the embedded world has its own)")
+    eval_data: Optional[str] = opt(None, "held-out preferences (default: the last 2 % of --data, "
+                                   "at most 2,000; the embedded world has its own)")
     out: str = opt("out/rm", "output folder")
     granularity: Granularity = opt("segment", "what gets a reward")
     cutoff: float = opt(1.0, "nats; segment.py helps to choose (paper: Phi-3 1.75, Llama-3 2.0)")
     max_samples: int = opt(0, "read at most this many pairs (0: all)")
     max_tokens: int = opt(256, "prompt + response (paper: 2048)")
-    max_prompt_tokens: int = opt(128, "a prompt is cut to this where both are too long (paper: 1728)")
+    max_prompt_tokens: int = opt(128, "for a prompt whose response does not fit (paper: 1728)")
     # optimisation
     batch_size: int = opt(32, "pairs per step, over all GPUs (paper: 128)")
     epochs: int = opt(2, "paper: 1")
@@ -113,7 +111,7 @@ def bradley_terry(scores_chosen, scores_rejected):
 @dataclass
 class Normalizer:
     """mean(p) = w_mean log p + b_mean, std(p) = w_std log p + b_std (section 2.3). p is clamped to
-    what was calibrated and std to a tenth of its value at p = 1: a line goes negative at small p."""
+    what was calibrated, std to a tenth of its value at p = 1: a line goes negative at small p."""
     w_mean: float = 0.0
     b_mean: float = 0.0
     w_std: float = 0.0
@@ -205,12 +203,9 @@ def spread_rewards(rewards_at_ends, ends, mask, how):
 
 
 def rewards_at_ends(scalars, sft_entropy, mask, finished, cutoff, own, use):
-    """What PPO rewards and where, for a reward model of granularity `own` used at granularity `use`.
-
-    scalars, sft_entropy, mask: (B, R); finished: (B,). Returns rewards (B, R), ends (B, R). Used as
-    bandit: the sequence score, by the model's own segments, at the last token; otherwise the scalars
-    at the ends of `use`.
-    """
+    """What PPO rewards, and where, when a reward model trained on `own` segments is used on `use`.
+    scalars, sft_entropy, mask: (B, R); finished: (B,). Returns rewards and ends, (B, R). Used as
+    bandit: the sequence score at the last token; else the scalars at the ends of `use`."""
     ends = segment_ends(sft_entropy, mask, finished, cutoff, use)
     if use == "bandit":
         own_ends = segment_ends(sft_entropy, mask, finished, cutoff, own)
@@ -353,7 +348,7 @@ def save(cfg, step, trained, exported, tokenizer, dtype):
 
 
 def export(model, tokenizer, folder, dtype):
-    """An ordinary Hugging Face checkpoint in dtype, with its tokenizer. All gather, rank 0 writes."""
+    """A Hugging Face checkpoint in dtype, with its tokenizer. All ranks gather, rank 0 writes."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
     if rank() == 0:
@@ -463,9 +458,12 @@ def main(cfg):
         for micro in micro_batches(lengths, cfg.micro_tokens, ranks)[rank()::ranks]:
             mb = [rows[2 * i + side] for i in minibatch[micro] for side in (0, 1)]       # 2b rows
             batch = pad(mb, device)
-            with torch.no_grad():
-                _, sft_entropy = sft(*batch)                                             # (2b, R)
-            scores = sequence_score(model(*batch), ends_of(mb, sft_entropy))             # (2b,)
+            scalars = model(*batch)                                                      # (2b, R)
+            sft_entropy = torch.zeros_like(scalars)                                      # (2b, R)
+            if cfg.granularity == "segment":
+                with torch.no_grad():
+                    _, sft_entropy = sft(*batch)
+            scores = sequence_score(scalars, ends_of(mb, sft_entropy))                   # (2b,)
             chosen, rejected = scores[0::2], scores[1::2]                                # (b,)
             losses = bradley_terry(chosen, rejected)                                     # (b,)
             # FSDP averages gradients over the ranks, so each pair weighs ranks / batch_size
