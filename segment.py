@@ -19,6 +19,7 @@ Below the double ruler is the plumbing that every chapter shares: settings, seve
 templates. What differs from the authors' code: one vectorised segmentation; lengths are integers,
 never searched for by a pad or EOS id; special tokens that a person typed stay ordinary text.
 """
+import functools
 import math
 import os
 import re
@@ -68,9 +69,7 @@ class Config:
     dtype: Dtype = opt("auto", "bf16 on CUDA, fp32 on CPU")
 
 
-# --------------------------------------------------------------------------------------------------
-# The method. 1. entropy: how open is the next token?
-# --------------------------------------------------------------------------------------------------
+# -- The method. 1. entropy: how open is the next token? -------------------------------------------
 def token_logprobs_and_entropy(hidden, head_weight, targets, chunk=None):
     """log p(target) and entropy (nats) of softmax(hidden @ head_weight.T), never building (N, V).
 
@@ -95,9 +94,7 @@ def token_logprobs_and_entropy(hidden, head_weight, targets, chunk=None):
     return torch.cat(logps), torch.cat(entropies)
 
 
-# --------------------------------------------------------------------------------------------------
-# The method. 2. segments: where do they end, where do they lie, what is a response's score?
-# --------------------------------------------------------------------------------------------------
+# -- The method. 2. segments: where do they end, where do they lie, what is a response's score? ----
 def segment_ends(entropy, mask, finished, cutoff, granularity):
     """Which response tokens end a segment (paper section 2.2).
 
@@ -141,9 +138,7 @@ def sequence_score(values, ends):
     return torch.where(ends, values, 0.0).sum(1) / ends.sum(1).clamp(min=1)
 
 
-# --------------------------------------------------------------------------------------------------
-# The language model: of each response token its log-probability, and the entropy after it
-# --------------------------------------------------------------------------------------------------
+# -- The language model: of each response token its log-probability, and the entropy after it ------
 class LanguageModel(nn.Module):
     auto_class = AutoModelForCausalLM
     settings = {}
@@ -186,33 +181,23 @@ class LanguageModel(nn.Module):
 def fail(message):
     """The user's mistake: one line, exit code 2. All ranks fail alike and rank 0 speaks."""
     if rank() == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print("error:", " ".join(message.split())[:600], file=sys.stderr, flush=True)
     else:
         time.sleep(5)                        # torchrun ends all ranks when one has ended
     raise SystemExit(2)
 
 
-def one_line(error):
-    return " ".join(str(error).split())[:250] or type(error).__name__
-
-
-class Parser(HfArgumentParser):
-    def convert_arg_line_to_args(self, line):
-        return shlex.split(line, comments=True)
-
-    def error(self, message):
-        fail(f"{message} (--help lists the flags)")
-
-
 def parse(Config, argv=None):
     """Command line -> Config. `@config/x.args` files hold flags, comments and blank lines; later
     flags override."""
-    parser = Parser(Config, fromfile_prefix_chars="@", allow_abbrev=False)
+    parser = HfArgumentParser(Config, fromfile_prefix_chars="@", allow_abbrev=False)
+    parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
+    parser.error = fail
     try:
         cfg, unknown = parser.parse_args_into_dataclasses(
             argv, look_for_args_file=False, return_remaining_strings=True)
     except ValueError as error:                                  # an open quote in an @file
-        fail(f"flags: {one_line(error)}")
+        fail(f"flags: {error}")
     if unknown:
         fail(f"unknown flag or argument: {unknown[0]} (--help lists the flags)")
     for name, value in asdict(cfg).items():
@@ -236,9 +221,7 @@ def prepare_world(*paths):
         dist.barrier()
 
 
-# --------------------------------------------------------------------------------------------------
-# Plumbing. One GPU or many: the same code on 1 and N ranks, under `python` and under `torchrun`
-# --------------------------------------------------------------------------------------------------
+# -- Plumbing. One GPU or many: the same code on 1 and N ranks, under `python` and under `torchrun` 
 def setup():
     """Join the process group (a group of one without torchrun) and pick this rank's device."""
     hf_logging.set_verbosity_error()
@@ -275,7 +258,7 @@ def read_config(path, **settings):
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **settings)
     except Exception as error:
-        fail(f"{path}: no model there ({one_line(error)})")
+        fail(f"{path}: no model there ({error})")
     for name, value in config.to_dict().items():
         if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
             setattr(config, name, 0.0)       # a noisy ratio or reward is no ratio or reward
@@ -300,7 +283,7 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
             path, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False,
             output_loading_info=True)
     except Exception as error:
-        fail(f"{path}: the weights cannot be read ({one_line(error)})")
+        fail(f"{path}: the weights cannot be read ({error})")
     missing = set(info["missing_keys"])
     if head_std is not None:
         missing.discard("score.weight")      # drawn from a seed: the same on every rank
@@ -394,9 +377,7 @@ def map_rows(model, rows, budget, device, title=""):
     return results[..., :len(rows), :]
 
 
-# --------------------------------------------------------------------------------------------------
-# Plumbing. Data: preferences and prompts as message lists, read by the datasets package
-# --------------------------------------------------------------------------------------------------
+# -- Plumbing. Data: preferences and prompts as message lists, read by the datasets package --------
 def read_rows(source, limit=0):
     """A hub id, a .json(l)(.gz) or .parquet file or a folder, each with or without a split
     ("pairs.jsonl:train[98%:]"), as a datasets.Dataset."""
@@ -415,7 +396,7 @@ def read_rows(source, limit=0):
         else:
             data = datasets.load_dataset(name, split=split or "train")
     except Exception as error:
-        fail(f"{source}: cannot be read as a data set ({one_line(error.__cause__ or error)})")
+        fail(f"{source}: cannot be read as a data set ({error.__cause__ or error})")
     if not len(data):
         fail(f"{source}: there are no rows in it")
     return data.select(range(min(limit or len(data), len(data))))
@@ -425,16 +406,18 @@ def messages_of(value, where, role):
     """Text or a message list -> a checked message list."""
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
-    if not isinstance(value, list) or not value:
-        fail(f"{where}: must be text or a list of messages")
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            fail(f"{where}: every message needs a role and a content that is text")
+    good = isinstance(value, list) and len(value) > 0
+    for message in value if good else []:
+        good = good and isinstance(message, dict) and isinstance(message.get("content"), str)
+    if not good:
+        fail(f"{where}: must be text, or a list of messages with a role and a text as content")
     return [{"role": message.get("role"), "content": message["content"]} for message in value]
 
 
 def conversation(row, side, where):
     """The prompt messages and the response text of one side of a preference."""
+    if row.get(side) is None:
+        fail(f"{where}: there is no {side} in it; it has {', '.join(row)}")
     chat = messages_of(row[side], f"{where}, {side}", "assistant")
     if row.get("prompt") is not None:
         prompt = messages_of(row["prompt"], f"{where}, prompt", "user")
@@ -456,8 +439,6 @@ def load_pairs(source, limit=0):
     pairs, dropped = [], Counter()
     for n, row in enumerate(read_rows(source, limit), 1):
         where = f"{source} row {n}"
-        if row.get("chosen") is None or row.get("rejected") is None:
-            fail(f"{where}: no columns chosen and rejected; it has {', '.join(row)}")
         prompt, chosen = conversation(row, "chosen", where)
         other_prompt, rejected = conversation(row, "rejected", where)
         if prompt != other_prompt:
@@ -480,10 +461,8 @@ def load_prompts(source, limit=0):
         where = f"{source} row {n}"
         if row.get("prompt") or row.get("instruction"):
             chat = messages_of(row.get("prompt") or row["instruction"], where, "user")
-        elif row.get("chosen"):
-            chat, _ = conversation(row, "chosen", where)
         else:
-            fail(f"{where}: no prompt, instruction or chosen in it; it has {', '.join(row)}")
+            chat, _ = conversation(row, "chosen", where)
         if chat[-1]["role"] == "assistant":
             fail(f"{where}: a prompt ends before the assistant's turn")
         prompts.append(chat)
@@ -497,16 +476,14 @@ def prompt_text(messages):
     return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
 
 
-# --------------------------------------------------------------------------------------------------
-# Plumbing. Chat encoding: the tokenizer's own template, prompt and response tokenised apart
-# --------------------------------------------------------------------------------------------------
+# -- Plumbing. Chat encoding: the tokenizer's own template, prompt and response tokenised apart ----
 def load_tokenizer(path):
     """The tokenizer and its stop tokens, (n,): what generation_config and tokenizer call EOS."""
     eos = read_config(path).eos_token_id
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        fail(f"{path}: no tokenizer there ({one_line(error)})")
+        fail(f"{path}: no tokenizer there ({error})")
     try:
         eos = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:
@@ -531,7 +508,7 @@ def render(tokenizer, messages, where, **kwargs):
         return tokenizer.apply_chat_template(safe, tokenize=False, strftime_now=day.strftime,
                                              **kwargs)
     except Exception as error:
-        fail(f"{where}: the chat template refuses it ({one_line(error)})")
+        fail(f"{where}: the chat template refuses it ({error})")
 
 
 def tokenize(tokenizer, texts):

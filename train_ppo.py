@@ -43,31 +43,27 @@ from segment import (WORLD, Dtype, Granularity, LanguageModel, compute_dtype, en
                      prepare_world, prompt_text, rank, read_config, response_mask, say,
                      segment_locations, segment_texts, sequence_score, setup, trained_how)
 from train_rm import (Normalizer, ScalarModel, begin_run, finish_run, fit_normalizer, learning_rate,
-                      log_metrics, look_at_run, rewards_at_ends, save, token_rewards)
+                      log_metrics, look_at_run, rewards_at_ends, save, shuffled, token_rewards)
 
 
 @dataclass
 class Config:
     # what to train on what
     model: str = opt(f"{WORLD}/sft", "the SFT model: policy, critic, reference, entropies")
-    reward_model: str = opt("out/rm/model", "a reward model, or file.py:function of (prompt, "
-                            "response) -> [(value, index of its last token)], the true rewards")
-    data: str = opt(f"{WORLD}/prompts.jsonl", "prompts (paper: "
-                    "argilla/ultrafeedback-binarized-preferences-cleaned)")
+    reward_model: str = opt("out/rm/model", "a model; or the truth: file.py:function of (prompt, "
+                            "response) -> [(value, index of its last token), ...]")
+    data: str = opt(f"{WORLD}/prompts.jsonl", "prompts (the paper's: config/paper-ppo.args)")
     out: str = opt("out/ppo", "output folder")
-    gold: Optional[str] = opt(None, "file.py:function of (prompt, response), the true reward: only "
-                              "logged (default: the embedded world's, if --data is)")
+    gold: Optional[str] = opt(None, "file.py:function of (prompt, response): true reward, to log")
     max_samples: int = opt(0, "read at most this many prompts (0: all)")
     # the reward
     granularity: Optional[Granularity] = opt(None, "default: as the reward model was trained")
     cutoff: Optional[float] = opt(None, "nats; default: the reward model's")
     normalizer: Literal["location", "global", "last", "none"] = opt("location", "statistics to use")
     interpolation: Literal["even", "repeat", "end"] = opt("even", "of a segment's reward")
-    reward_scale: Literal["total", "none"] = opt("total", "total: divide by the deviation of a "
-                                                 "response's total reward (paper: none)")
+    reward_scale: Literal["total", "none"] = opt("total", "divide by S (paper: none)")
     fit: str = opt("", "'w_mean w_std b_mean b_std', published, instead of calibrating")
-    calibration_data: Optional[str] = opt(None, "preferences that the reward model was not trained "
-                                          "on (default: the embedded world's, if --data is)")
+    calibration_data: Optional[str] = opt(None, "preferences that were not trained on")
     calibration_samples: int = opt(2000, "read at most this many pairs of them")
     kl_coef: float = opt(0.03, "price of a nat away from the SFT model (paper: 0.01)")
     missing_eos_reward: float = opt(-3.0, "at the end of an unfinished response (paper: 0)")
@@ -105,9 +101,7 @@ class Config:
     wandb: str = opt("", "log to this wandb project too")
 
 
-# --------------------------------------------------------------------------------------------------
-# The method. 1. sampling: a decode loop in blocks of equal steps
-# --------------------------------------------------------------------------------------------------
+# -- The method. 1. sampling: a decode loop in blocks of equal steps -------------------------------
 @torch.no_grad()
 def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=None, record=None):
     """Sample a response to each prompt from the full distribution.
@@ -272,9 +266,7 @@ def never_sampled(tokenizer, stops, vocab_size):
     return banned
 
 
-# --------------------------------------------------------------------------------------------------
-# The method. 2. the reward: calibrated once, then dense
-# --------------------------------------------------------------------------------------------------
+# -- The method. 2. the reward: calibrated once, then dense ----------------------------------------
 def calibrate(rewards, ends, mask, kind, how):
     """Fit the normaliser, and S: the standard deviation over responses of the total normalised
     reward (ours: n segments sum to about n times a bandit's reward, and one KL coefficient cannot
@@ -312,9 +304,7 @@ def dense_rewards(cfg, rewards, ends, mask, finished, normalizer, how, scale):
     return dense
 
 
-# --------------------------------------------------------------------------------------------------
-# The method. 3. advantages and losses
-# --------------------------------------------------------------------------------------------------
+# -- The method. 3. advantages and losses ----------------------------------------------------------
 def gae(rewards, values, mask, gamma, lam):
     """Generalised advantage estimation (Schulman et al. 2016, equation 16) over response tokens.
 
@@ -456,11 +446,8 @@ class Reward:
         return normalizer, S if cfg.reward_scale == "total" else 1.0
 
 
-# --------------------------------------------------------------------------------------------------
-# Plumbing. What is refused, what is shown
-# --------------------------------------------------------------------------------------------------
+# -- Plumbing. What is refused, what is shown ------------------------------------------------------
 def check(cfg, prompts, ranks):
-    """What would go wrong late, or silently, is said now."""
     if len(prompts) < cfg.rollout_batch_size:
         fail(f"{cfg.data}: {len(prompts)} prompts do not fill one --rollout_batch_size "
              f"{cfg.rollout_batch_size}")
@@ -494,16 +481,10 @@ def show(row, steps, seconds_left):
     say(f"{line} | {seconds_left:.0f} s left")
 
 
-def memory_gb(device):
-    """Peak memory so far, of the GPU or else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-
-
-def prompt_order(seed, turn, n):
-    """The order of n prompts in pass number `turn` over them."""
-    return np.random.default_rng([seed, 0, turn]).permutation(n)
+def peak_memory():
+    """In GB, of the GPU or else of the process."""
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (torch.cuda.max_memory_allocated() or process) / 2 ** 30
 
 
 # ==================================================================================================
@@ -546,6 +527,7 @@ def main(cfg):
     steps = cfg.max_steps or max(1, cfg.passes * len(prompts) // B)
     minibatches = B // cfg.batch_size
     updates = cfg.ppo_epochs * minibatches                   # in an iteration
+    prompt_order = shuffled(len(prompts), -(-steps * B // len(prompts)), cfg.seed, 0)
     say(f"{steps} iterations x {B} responses on {ranks} x {device.type}: {cfg.ppo_epochs} epochs x "
         f"{minibatches} minibatches x {cfg.batch_size} responses\n{reward.own} reward used as "
         f"{reward.use}, cutoff {reward.cutoff}, {cfg.normalizer} normaliser, scale {scale:.3g}")
@@ -555,10 +537,7 @@ def main(cfg):
         # 1. sample: each rank decodes its rows, every rank gets all of them -----------------------
         time_start = time.time()
         refresh(sampler, actor)
-        drawn = []                                           # (B,) rows of --data
-        for k in range(step * B, (step + 1) * B):
-            turn, i = divmod(k, len(prompts))
-            drawn.append(prompt_order(cfg.seed, turn, len(prompts))[i])
+        drawn = prompt_order[step * B:(step + 1) * B]        # (B,) rows of --data
         tokens, sampled_logprobs, lengths = sample(                          # (B, R), (B, R), (B,)
             sampler, [prompts[i] for i in drawn], stops, cfg.max_new_tokens,
             [(cfg.seed, 1, step, b) for b in range(B)], cfg.generation_batch_size, banned=banned,
@@ -588,10 +567,8 @@ def main(cfg):
         row_lengths = [len(p) + len(r) for p, r in rows]
         sums, norms = torch.zeros(3, device=device), torch.zeros(2, device=device)
         first_ratio = torch.ones((), device=device)          # the largest in the first minibatch
-        for update in range(updates):
-            epoch, position = divmod(update, minibatches)
-            order = np.random.default_rng([cfg.seed, 2, step, epoch]).permutation(B)
-            minibatch = order[position * cfg.batch_size:(position + 1) * cfg.batch_size]
+        order = shuffled(B, cfg.ppo_epochs, cfg.seed, 2, step)
+        for update, minibatch in enumerate(order.reshape(updates, cfg.batch_size)):
             mb_lengths = [row_lengths[b] for b in minibatch]
             for micro in micro_batches(mb_lengths, cfg.micro_tokens, ranks)[rank()::ranks]:
                 mb = minibatch[micro]
@@ -648,7 +625,7 @@ def main(cfg):
             "explained_variance": float(1 - unexplained), "actor_grad_norm": actor_norm,
             "critic_grad_norm": critic_norm, "lr": cfg.actor_lr * rate,
             "time_generate": time_score - time_start, "time_score": time_train - time_score,
-            "time_train": time_end - time_train, "memory_gb": memory_gb(device),
+            "time_train": time_end - time_train, "memory_gb": peak_memory(),
             "tokens_per_second": sum(row_lengths) / (time_end - time_start)}
         if gold_function:
             answers = tokenizer.batch_decode(responses, skip_special_tokens=True)

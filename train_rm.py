@@ -73,9 +73,7 @@ class Config:
     wandb: str = opt("", "log to this wandb project too")
 
 
-# --------------------------------------------------------------------------------------------------
-# The method. 1. a scalar at every token, and the loss
-# --------------------------------------------------------------------------------------------------
+# -- The method. 1. a scalar at every token, and the loss ------------------------------------------
 class ScalarModel(nn.Module):
     """Backbone and linear head d -> 1 without bias. With shift 0 it reads a reward at each response
     token; with shift -1 (the critic) a value where the model decided on that token."""
@@ -105,9 +103,7 @@ def bradley_terry(scores_chosen, scores_rejected):
     return -F.logsigmoid(scores_chosen - scores_rejected)
 
 
-# --------------------------------------------------------------------------------------------------
-# The method. 2. from segment rewards to token rewards: normalise by location, spread
-# --------------------------------------------------------------------------------------------------
+# -- The method. 2. from segment rewards to token rewards: normalise by location, spread -----------
 @dataclass
 class Normalizer:
     """mean(p) = w_mean log p + b_mean, std(p) = w_std log p + b_std (section 2.3). p is clamped to
@@ -229,6 +225,12 @@ def learning_rate(step, steps, warmup):
     return 0.1 + 0.45 * (1 + np.cos(np.pi * progress))
 
 
+def shuffled(n, times, *seed):
+    """n numbers in random order, `times` over, as one array."""
+    passes = [np.random.default_rng([*seed, turn]).permutation(n) for turn in range(times)]
+    return np.concatenate(passes)
+
+
 # ==================================================================================================
 # Plumbing. A run's folder: start, resume, finish
 # ==================================================================================================
@@ -317,9 +319,7 @@ def log_metrics(cfg, row):
             wandb.log(row, step=row["step"])
 
 
-# --------------------------------------------------------------------------------------------------
-# Plumbing. Checkpoints (to resume) and exports (to use)
-# --------------------------------------------------------------------------------------------------
+# -- Plumbing. Checkpoints (to resume) and exports (to use) ----------------------------------------
 def training_state(trained):
     """Weights and optimizer moments, sharded. Learning rates, data order and random draws are
     functions of the step, so there is nothing else to remember."""
@@ -407,15 +407,14 @@ def main(cfg):
                  for prompt, chosen, rejected, where in load_pairs(source, cfg.max_samples)]
         into += encode_chats(tokenizer, stops, chats, cfg.max_tokens, cfg.max_prompt_tokens)
     pairs = len(rows) // 2
-    steps_per_epoch = pairs // cfg.batch_size
-    steps = cfg.epochs * steps_per_epoch
+    order = shuffled(pairs, cfg.epochs, cfg.seed)
+    steps = len(order) // cfg.batch_size
     if cfg.max_steps:
         steps = min(steps, cfg.max_steps)
     if not steps:
         fail(f"{data}: {pairs} pairs do not fill one --batch_size {cfg.batch_size}")
     say(f"{pairs} pairs to train, {len(eval_rows) // 2} held out ({eval_data})\n"
-        f"{steps} steps x {cfg.batch_size} pairs on {ranks} x {device.type}, {steps_per_epoch} an "
-        "epoch")
+        f"{steps} steps x {cfg.batch_size} pairs on {ranks} x {device.type}")
 
     # ----------------------------------------------------------------------------------------------
     # the reward model, and the frozen SFT model whose entropies cut the segments
@@ -450,9 +449,7 @@ def main(cfg):
     began = time.time()
     for step in range(first_step, steps):
         started = time.time()
-        epoch, position = divmod(step, steps_per_epoch)
-        order = np.random.default_rng([cfg.seed, epoch]).permutation(pairs)
-        minibatch = order[position * cfg.batch_size:(position + 1) * cfg.batch_size]
+        minibatch = order[step * cfg.batch_size:(step + 1) * cfg.batch_size]
         lengths = [2 * max(len(p) + len(r) for p, r in rows[2 * i:2 * i + 2]) for i in minibatch]
         loss_sum, right_sum = torch.zeros(2, device=device)
         for micro in micro_batches(lengths, cfg.micro_tokens, ranks)[rank()::ranks]:
