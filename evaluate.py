@@ -21,6 +21,7 @@ import os
 import re
 from dataclasses import asdict, dataclass, field
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from typing import List, Optional
 
 import numpy as np
@@ -30,7 +31,7 @@ from transformers import AutoConfig
 
 from segment import (WORLD, Dtype, Granularity, LanguageModel, compute_dtype, encode_chats,
                      encode_prompts, fail, in_world, is_finished, load_model, load_prompts,
-                     load_tokenizer, map_rows, one_line, opt, parse, prepare_world, prompt_text,
+                     load_tokenizer, map_rows, opt, parse, prepare_world, prompt_text,
                      rank, read_config, read_rows, response_mask, say, segment_ends, segment_texts,
                      sequence_score, setup, trained_how)
 from train_rm import ScalarModel, write_text
@@ -48,19 +49,16 @@ class Config:
     granularity: Optional[Granularity] = opt(None, "of a reward model that does not say its own")
     cutoff: Optional[float] = opt(None, "likewise; its segments are then cut by --baseline")
     out: str = opt("out/eval", "output folder")
-    # figures from files, nothing is judged
     annotations: List[str] = field(default_factory=list, metadata={
         "help": "alpaca_eval annotations, with outputs or their lengths len_1 and len_2"})
     difficulty: str = opt("", "alpaca_eval's instruction difficulties: a JSON list, in row order")
     gamed: List[str] = field(default_factory=list, metadata={
         "help": "annotations of length-gamed baselines, told apart by their column variant"})
-    # sampling
     temperature: float = opt(1.0, "1: what PPO trained; 0: greedy")
     max_prompt_tokens: int = opt(128, "longer prompts lose their oldest tokens (paper: 1024)")
     max_new_tokens: int = opt(128, "paper: 1024")
     max_samples: int = opt(0, "read at most this many prompts (0: all)")
     seed: int = opt(0, "of the samples")
-    # hardware and report
     dtype: Dtype = opt("auto", "bf16 on CUDA, fp32 on CPU")
     micro_tokens: int = opt(16384, "tokens in one GPU's forward pass: lower it when out of memory")
     generation_batch_size: int = opt(128, "responses decoded at once on one GPU")
@@ -68,13 +66,11 @@ class Config:
     html: bool = opt(False, "write OUT/index.html: the figures and up to 100 pairs")
 
 
-# --------------------------------------------------------------------------------------------------
-# Figures: the win rate, and the win rate at equal length
-# --------------------------------------------------------------------------------------------------
+# -- Figures: the win rate, and the win rate at equal length ---------------------------------------
 def outcomes(preferences):
     """Preferences from 1 (the baseline's answer is better) to 2 -> y in [0, 1], (n,). None becomes
-    NaN; 0 is alpaca_eval's old way to write a tie. ValueError outside, or when nothing is left."""
-    y = np.array([np.nan if p is None else p for p in preferences], dtype=np.float64)
+    NaN; 0 is alpaca_eval's old tie. ValueError outside, or when no preference is left."""
+    y = np.array(preferences, dtype=np.float64)
     y = np.where(y == 0, 0.5, y - 1)
     if ((y < 0) | (y > 1)).any():
         raise ValueError("a preference lies outside [1, 2]")
@@ -96,11 +92,11 @@ def win_rate(preferences):
     """
     y = outcomes(preferences)
     y = y[~np.isnan(y)]
-    rounded = np.where(y == 0.5, 0.5, np.round(y))
+    wins, losses = int((y > 0.5).sum()), int((y < 0.5).sum())
+    draws = len(y) - wins - losses
     return {"win_rate": 100 * float(y.mean()), "standard_error": standard_error(y),
-            "n_wins": int((y > 0.5).sum()), "n_wins_base": int((y < 0.5).sum()),
-            "n_draws": int((y == 0.5).sum()), "n_total": len(y),
-            "discrete_win_rate": 100 * float(rounded.mean())}
+            "n_wins": wins, "n_wins_base": losses, "n_draws": draws, "n_total": len(y),
+            "discrete_win_rate": 100 * (wins + draws / 2) / len(y)}
 
 
 def design(preferences, len_baseline, len_model, difficulty, constant):
@@ -108,14 +104,13 @@ def design(preferences, len_baseline, len_model, difficulty, constant):
     x = [tanh(D / std D), difficulty if given, constant] (m, k), D the difference in length."""
     y = outcomes(preferences)
     there = ~np.isnan(y)
-    D = np.subtract(len_baseline, len_model, dtype=np.float64)[there]                    # (m,)
-    t = np.tanh(D / D.std(ddof=1)) if np.ptp(D) > 0 else np.zeros(len(D))
-    x = [t, np.full(len(D), constant)]
-    if difficulty is not None:                           # by position: row i has the i-th
-        if len(difficulty) < len(y):
-            raise ValueError(f"{len(y)} rows, but only {len(difficulty)} difficulties")
-        x.insert(1, np.asarray(difficulty, dtype=np.float64)[:len(y)][there])
-    return y[there], np.stack(x, 1)
+    D = np.subtract(len_baseline, len_model, dtype=np.float64)                           # (n,)
+    varies = np.ptp(D[there]) > 0
+    columns = [np.tanh(D / D[there].std(ddof=1)) if varies else np.zeros(len(D))]
+    if difficulty is not None:
+        columns.append(np.asarray(difficulty, dtype=np.float64)[:len(y)])    # row i has the i-th
+    columns.append(np.full(len(D), constant))
+    return y[there], np.stack(columns, 1)[there]
 
 
 def sigmoid(z):
@@ -148,32 +143,31 @@ def length_controlled_win_rate(preferences, len_baseline, len_model, difficulty=
     vary or one outcome is throughout; NaN where length separates the outcomes perfectly.
     """
     y, x = design(preferences, len_baseline, len_model, difficulty, 1.0)             # (m,), (m, k)
-    lc, influence = y.mean(), y - y.mean()
-    if x[:, 0].any() and np.ptp(y) > 0:
-        # The baseline told to be brief, or long, against itself pins down what length alone does.
-        # Such rows weigh a tenth and have no intercept: the baseline is no better than itself.
-        parts = [(y, x)] + [design(*variant, constant=0.0) for variant in gamed or []]
-        all_y, all_x = [np.concatenate(part) for part in zip(*parts)]                # (M,), (M, k)
-        weight = np.where(np.arange(len(all_y)) < len(y), 1.0, 0.1)
-        w, hessian = logistic_fit(all_x, all_y, weight)
-        if w is None:
-            return {"length_controlled_winrate": math.nan, "lc_standard_error": math.nan}
-        equal = x * (np.arange(x.shape[1]) > 0)                      # (m, k) with t = 0
-        p, q = sigmoid(x @ w), sigmoid(equal @ w)                                    # (m,) each
-        # Row i moves the mean of q by its own q, and by moving w: by H^-1 x_i (y_i - p_i), times
-        # the gradient of mean q by w.
-        gradient = (equal * (q * (1 - q))[:, None]).mean(0)                          # (k,)
-        through_w = (y - p) * (x @ np.linalg.lstsq(hessian, gradient, rcond=None)[0])
-        lc, influence = q.mean(), q - q.mean() + len(y) * through_w                  # (), (m,)
-    return {"length_controlled_winrate": 100 * float(lc),
+    if not x[:, 0].any() or np.ptp(y) == 0:
+        return {"length_controlled_winrate": 100 * float(y.mean()),
+                "lc_standard_error": standard_error(y)}
+    # The baseline told to be brief, or long, against itself pins down what length alone does. Such
+    # rows weigh a tenth and have no intercept: the baseline is no better than itself.
+    parts = [(y, x)] + [design(*variant, constant=0.0) for variant in gamed or []]
+    all_y, all_x = [np.concatenate(part) for part in zip(*parts)]                    # (M,), (M, k)
+    weight = np.where(np.arange(len(all_y)) < len(y), 1.0, 0.1)
+    w, hessian = logistic_fit(all_x, all_y, weight)
+    if w is None:
+        return {"length_controlled_winrate": math.nan, "lc_standard_error": math.nan}
+    equal = x * (np.arange(x.shape[1]) > 0)                              # (m, k) with t = 0
+    p, q = sigmoid(x @ w), sigmoid(equal @ w)                                        # (m,) each
+    # Row i moves the mean of q by its own q, and by moving w: by H^-1 x_i (y_i - p_i), times the
+    # gradient of mean q by w.
+    gradient = (equal * (q * (1 - q))[:, None]).mean(0)                              # (k,)
+    through_w = (y - p) * (x @ np.linalg.lstsq(hessian, gradient, rcond=None)[0])    # (m,)
+    influence = q - q.mean() + len(y) * through_w                                    # (m,)
+    return {"length_controlled_winrate": 100 * float(q.mean()),
             "lc_standard_error": standard_error(influence)}
 
 
-# --------------------------------------------------------------------------------------------------
-# Judges. Each yields (pair, preference), None where it cannot tell. A pair has messages, instruction
-# (their text), output_1 and finished_1 (the baseline's answer; did a stop token end it?), output_2
-# and finished_2 (the policy's)
-# --------------------------------------------------------------------------------------------------
+# -- Judges ----------------------------------------------------------------------------------------
+# Each yields (pair, preference), None where it cannot tell. A pair: messages, instruction (their
+# text), output_1 and finished_1 (the baseline's; did a stop token end it?), the policy's likewise
 def judge_by_function(cfg, pairs, device):
     """The higher score wins."""
     function = load_function(cfg.judge, "--judge")
@@ -192,19 +186,22 @@ def judge_by_reward_model(cfg, pairs, device):
     granularity, cutoff = trained_how(cfg.judge, cfg.granularity, cfg.cutoff)
     tokenizer, stops = load_tokenizer(cfg.judge)
     context = read_config(cfg.judge).max_position_embeddings
-    chats = [(pair["messages"], [pair["output_1"], pair["output_2"]], f"{cfg.data} row {n}")
-             for n, pair in enumerate(pairs, 1)]
+    chats, completed = [], []
+    for n, pair in enumerate(pairs, 1):
+        answers = [pair["output_1"], pair["output_2"]]
+        chats.append((pair["messages"], answers, f"{cfg.data} row {n}"))
+        completed += [pair["finished_1"], pair["finished_2"]]
     rows = encode_chats(tokenizer, stops, chats, context, min(cfg.max_prompt_tokens, context // 2))
     for i, (p, r) in enumerate(rows):
         # the template ends every answer, but one that was cut off while it was sampled had no end
-        if not pairs[i // 2][f"finished_{i % 2 + 1}"] and len(r) > 1 and r[-1] in stops:
+        if not completed[i] and len(r) > 1 and r[-1] in stops:
             rows[i] = p, r[:-1]
-    model = load_model(cfg.judge, ScalarModel, device, compute_dtype(cfg.dtype, device))
+    dtype = compute_dtype(cfg.dtype, device)
+    model = load_model(cfg.judge, ScalarModel, device, dtype)
     scalars = map_rows(model, rows, cfg.micro_tokens, device, "scores")                  # (2n, R)
     entropy = torch.zeros_like(scalars)
     if granularity == "segment":
-        name = find_segment_model(cfg, tokenizer)
-        sft = load_model(name, LanguageModel, device, compute_dtype(cfg.dtype, device))
+        sft = load_model(find_segment_model(cfg, tokenizer), LanguageModel, device, dtype)
         _, entropy = map_rows(sft, rows, cfg.micro_tokens, device, "entropies")          # (2n, R)
     mask, finished = response_mask(rows, device), is_finished(rows, stops).to(device)
     ends = segment_ends(entropy, mask, finished, cutoff, granularity)                    # (2n, R)
@@ -212,9 +209,9 @@ def judge_by_reward_model(cfg, pairs, device):
     for n, pair in enumerate(pairs):
         pair["score_1"], pair["score_2"] = scores[2 * n:2 * n + 2]
         if cfg.html and n < 100 and granularity != "bandit":             # to be shaded on the page
-            response, its_ends = rows[2 * n + 1][1], ends[2 * n + 1]
-            texts = segment_texts(tokenizer, response, its_ends[:len(response)].cpu())
-            pair["segments"] = list(zip(texts, scalars[2 * n + 1][its_ends].tolist()))
+            i = 2 * n + 1
+            texts = segment_texts(tokenizer, rows[i][1], ends[i, :len(rows[i][1])].cpu())
+            pair["segments"] = list(zip(texts, scalars[i, ends[i]].tolist()))
         yield pair, 1 + float(sigmoid(pair["score_2"] - pair["score_1"]))
 
 
@@ -244,6 +241,11 @@ def questions(pair):
     return QUESTION.format(prompt, one, two), QUESTION.format(prompt, two, one)
 
 
+def both_orders(b_first, b_second):
+    """The preference, from the probabilities that B is better in the two orders."""
+    return 1 + (b_first + 1 - b_second) / 2
+
+
 def judge_by_chat_model(cfg, pairs, device):
     """p(B) / (p(A) + p(B)) of the token in which the two letters differ, in both orders."""
     tokenizer, stops = load_tokenizer(cfg.judge)
@@ -252,24 +254,26 @@ def judge_by_chat_model(cfg, pairs, device):
     for n in range(0, len(pairs), 64):
         block, rows = [], []
         for pair in pairs[n:n + 64]:
-            chats = [([{"role": "user", "content": question}], ["A", "B"], "a pair")
-                     for question in questions(pair)]
+            asked = [[{"role": "user", "content": question}] for question in questions(pair)]
+            chats = [(messages, ["A", "B"], "a pair") for messages in asked]
             four = encode_chats(tokenizer, stops, chats, 10 ** 9, 10 ** 9)   # 2 orders x 2 letters
             if max(len(p) + len(r) for p, r in four) > context:
                 yield pair, None                         # cut, it would be another question
-            else:
-                block.append(pair)
-                rows += four
+                continue
+            block.append(pair)
+            rows += four
         if block:
-            k = int(np.flatnonzero(rows[0][1] != rows[1][1])[0])
+            differ = np.flatnonzero(rows[0][1] != rows[1][1])
+            if not len(differ):
+                fail(f"--judge {cfg.judge}: its tokenizer does not know the letters A and B")
             logprobs, _ = map_rows(model, rows, cfg.micro_tokens, device)                # (4b, R)
-            p = logprobs[:, k].view(-1, 2, 2).softmax(-1)[..., 1].tolist()               # (b, 2)
-            yield from zip(block, [1 + (first + 1 - second) / 2 for first, second in p])
+            p = logprobs[:, differ[0]].view(-1, 2, 2).softmax(-1)[..., 1]                        # (b, 2)
+            yield from zip(block, both_orders(p[:, 0], p[:, 1]).tolist())
 
 
 def judge_by_endpoint(cfg, pairs, device):
     """An OpenAI-compatible server. The client repeats what fails on the way; trouble that stays
-    (network, key, no such model) ends the run with one line."""
+    ends the run with one line."""
     try:
         import openai
     except ImportError:
@@ -292,42 +296,37 @@ def judge_by_endpoint(cfg, pairs, device):
                 pass                                     # no letter, or no chat completion at all
 
     def judge(pair):
-        first, second = map(ask, questions(pair))
-        if first is None or second is None:
-            return pair, None
-        return pair, 1 + (first + 1 - second) / 2
+        answers = [ask(question) for question in questions(pair)]
+        return pair, None if None in answers else both_orders(*answers)
 
     with ThreadPool(8) as pool:
         try:
             yield from pool.imap_unordered(judge, pairs)
         except openai.OpenAIError as error:              # its text may hold the key
-            fail(f"--api_base: {one_line(str(error).replace(key, '***'))}; the verdicts so far are "
-                 "kept, the same command goes on")
+            fail("--api_base (verdicts so far are kept): " + str(error).replace(key, "***"))
 
 
 def read_verdict(reply):
     """The probability that B is better: from the log-probs of A and B ("A" and " A" are two tokens)
     where the reply has them, else 0 or 1. ValueError if the reply is not a letter."""
-    choice = reply.choices[0]
-    text = choice.message.content.strip().partition("\n")[0]
-    letter = re.fullmatch(r"(?i:.*(?:answer|reply)(?: is)?)?\W*([AB])\W*", text)
-    if not letter:
+    choice, p = reply.choices[0], {"A": 0.0, "B": 0.0}
+    said = re.fullmatch(r"(?i:.*(?:answer|reply)(?: is)?)?\W*([AB])\W*", choice.message.content)
+    if not said:
         raise ValueError("no verdict")
-    p = {letter[1]: 1e-30}                               # what is known without log-probs
+    p[said[1]] = 1e-30                                   # all that is known without log-probs
     for token in choice.logprobs.content if choice.logprobs else []:
-        if token.token.strip() == letter[1]:
+        if token.token.strip() in p:
             for other in token.top_logprobs:
-                name = other.token.strip()
-                p[name] = p.get(name, 0.0) + math.exp(other.logprob)
-            break
-    return p.get("B", 0.0) / (p.get("A", 0.0) + p.get("B", 0.0))
+                if other.token.strip() in p:
+                    p[other.token.strip()] += math.exp(other.logprob)
+    return p["B"] / (p["A"] + p["B"])
 
 
 # ==================================================================================================
 # Plumbing. Verdicts and answers are kept: a killed run goes on, nothing is paid for twice
 # ==================================================================================================
 def find_judge(cfg):
-    """Which of the four --judge is; a mistyped one is found before minutes of sampling."""
+    """Which of the four --judge is; trouble with it shows before minutes of sampling."""
     if cfg.judge == Config.judge and (cfg.api_base or not in_world(cfg.data)):
         fail("--judge: the default one knows the embedded world alone; name another")
     if cfg.api_base:
@@ -343,40 +342,37 @@ def find_judge(cfg):
     return judge_by_chat_model
 
 
+KEY = ("judge", "instruction", "output_1", "output_2")
+
+
 def judge_pairs(cfg, judge, pairs, device):
     """Give every pair its preference. A language model's are written to OUT/verdicts.jsonl as they
     come, keyed by plain text, and not asked for again."""
-    if judge in (judge_by_function, judge_by_reward_model):
-        for pair, preference in judge(cfg, pairs, device):
-            pair["preference"] = preference
-        return
-    path, kept, asked = f"{cfg.out}/verdicts.jsonl", {}, {}
-    columns = ("judge", "instruction", "output_1", "output_2", "preference")
-    for line in open(path) if os.path.exists(path) else []:
-        try:
-            *key, preference = [json.loads(line)[column] for column in columns]
-            kept[tuple(key)] = preference
-        except (ValueError, LookupError, TypeError):
-            pass                                         # torn by a kill
-    name = cfg.judge
+    path, name, kept, todo = f"{cfg.out}/verdicts.jsonl", cfg.judge, {}, pairs
+    costly = judge in (judge_by_chat_model, judge_by_endpoint)
     if judge == judge_by_chat_model:
         name += " " + fingerprint(cfg.judge)
-    for pair in pairs:
-        pair["key"] = (name, pair["instruction"], pair["output_1"], pair["output_2"])
-        if pair["output_1"] == pair["output_2"]:
-            kept[pair["key"]] = 1.5                      # a draw without a call
-        if pair["key"] not in kept:
-            asked[pair["key"]] = pair
-    for n, (pair, preference) in enumerate(judge(cfg, list(asked.values()), device), 1):
-        kept[pair["key"]] = preference
-        if preference is not None and rank() == 0:
+    if costly:
+        for line in open(path) if os.path.exists(path) else []:
+            try:
+                row = json.loads(line)
+                kept[tuple(row[column] for column in KEY)] = row["preference"]
+            except (ValueError, LookupError, TypeError):
+                pass                                     # torn by a kill
+        for pair in pairs:
+            key = (name, pair["instruction"], pair["output_1"], pair["output_2"])
+            draw = 1.5 if pair["output_1"] == pair["output_2"] else None     # without a call
+            pair["preference"] = kept.get(key, draw)
+        todo = [pair for pair in pairs if pair["preference"] is None]
+    for n, (pair, preference) in enumerate(judge(cfg, todo, device), 1):
+        pair["preference"] = preference
+        if costly and preference is not None and rank() == 0:
+            row = {**pair, "judge": name}
             os.makedirs(cfg.out, exist_ok=True)
             with open(path, "a") as f:           # newline first: a torn line costs one verdict
-                f.write("\n" + json.dumps(dict(zip(columns, [*pair["key"], preference]))))
+                f.write("\n" + json.dumps({column: row[column] for column in (*KEY, "preference")}))
         if n % 100 == 0:
-            say(f"{n} of {len(asked)} verdicts")
-    for pair in pairs:
-        pair["preference"] = kept[pair["key"]]
+            say(f"{n} of {len(todo)} verdicts")
 
 
 def fingerprint(path):
@@ -384,10 +380,9 @@ def fingerprint(path):
     if not os.path.isdir(path):
         return str(read_config(path)._commit_hash)
     digest = hashlib.sha256()
-    for name in sorted(os.listdir(path)):
-        if os.path.isfile(f"{path}/{name}"):
-            with open(f"{path}/{name}", "rb") as f:
-                digest.update(hashlib.file_digest(f, "sha256").digest())
+    for file in sorted(Path(path).glob("*.*")):
+        with open(file, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
@@ -399,16 +394,12 @@ def name_of(source):
     return re.sub(FILE, "", os.path.basename(source.rstrip("/").removesuffix("/model")))
 
 
-def read_answers(path, prompts, made_by=None):
+def read_answers(path, prompts):
     """Rows of alpaca_eval outputs, which must stand in the prompts' order."""
     rows = list(read_rows(path, len(prompts)))
     for n, (row, prompt) in enumerate(zip(rows, prompts), 1):
-        if made_by and row.get("made_by") != made_by:
-            fail(f"{path} was made by {row.get('made_by')} and now it would be by {made_by}: give "
-                 "another --out, or delete the file")
         if row.get("instruction") != prompt_text(prompt) or not isinstance(row.get("output"), str):
-            fail(f"{path} row {n}: needs an output, and as its instruction the text of prompt {n}, "
-                 f"{prompt_text(prompt)[:60]!r}")
+            fail(f"{path} row {n}: needs an output, and as its instruction the text of prompt {n}")
     return rows
 
 
@@ -416,18 +407,17 @@ def answer(cfg, source, name, prompts, side, device):
     """A model's answers, or a file's, as rows of alpaca_eval outputs. A model's are kept in
     OUT/NAME.json with what they were made by. side (0 baseline, 1 policy): whose random draws."""
     if re.search(FILE, source):
-        rows = read_answers(source, prompts)
-        if len(rows) < len(prompts):
-            fail(f"{source}: {len(rows)} outputs for {len(prompts)} prompts; see --max_samples")
-        return rows
+        return read_answers(source, prompts)
     path, R, dtype = f"{cfg.out}/{name}.json", cfg.max_new_tokens, compute_dtype(cfg.dtype, device)
     made_by = (f"{fingerprint(source)}, {dtype}, {cfg.max_prompt_tokens} + {R} tokens, temperature "
                f"{cfg.temperature}, seed {cfg.seed}, side {side}")
-    rows = read_answers(path, prompts, made_by) if os.path.exists(path) else []
+    rows = read_answers(path, prompts) if os.path.exists(path) else []
+    if rows and rows[0].get("made_by") != made_by:
+        fail(f"{path} was made by {rows[0].get('made_by')}; now it would be by {made_by}: give "
+             "another --out, or delete the file")
     say(f"{name}: {len(rows)} of {len(prompts)} answers are in {path}")
     if len(rows) == len(prompts):
         return rows
-
     tokenizer, stops = load_tokenizer(source)
     config = read_config(source)
     if cfg.max_prompt_tokens + R > config.max_position_embeddings:
@@ -447,21 +437,14 @@ def answer(cfg, source, name, prompts, side, device):
                          "output": tokenizer.decode(response[:length], skip_special_tokens=True),
                          "generator": name, "dataset": os.path.basename(cfg.data),
                          "finished": bool(response[length - 1] in stops), "made_by": made_by})
-        write(path, json.dumps(rows, indent=1))
+        if rank() == 0:
+            os.makedirs(cfg.out, exist_ok=True)
+            write_text(path, json.dumps(rows, indent=1))
         say(f"{name}: {len(rows)} of {len(prompts)} answers")
     return rows
 
 
-def write(path, text):
-    """From rank 0. The first file makes OUT."""
-    if rank() == 0:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        write_text(path, text)
-
-
-# --------------------------------------------------------------------------------------------------
-# Plumbing. Annotations -> figures -> table, files, page
-# --------------------------------------------------------------------------------------------------
+# -- Plumbing. Annotations -> figures -> table, files, page ----------------------------------------
 def read_annotations(sources, column):
     """{policy or variant: its rows}, in the files' order"""
     groups = {}
@@ -482,71 +465,64 @@ def read_annotations(sources, column):
 
 
 def columns_of(rows):
-    return zip(*[(row["preference"], row["len_1"], row["len_2"]) for row in rows])
+    """preferences (NaN: none), lengths of the baseline's and of the policy's answers, (n,) each"""
+    return np.array([(row["preference"], row["len_1"], row["len_2"]) for row in rows], float).T
+
+
+def figures(policies, difficulty, gamed):
+    """{policy: its annotations} -> {policy: its row of alpaca_eval's leaderboard}, printed"""
+    table, warnings, wide = {}, [], max(len("policy"), *map(len, policies))
+    variants = [(*columns_of(rows), difficulty) for rows in gamed.values()]
+    say(f"\n{'policy':{wide}}    win rate      length-controlled  wins/draws/losses  characters"
+        "    mean score")
+    for name, rows in policies.items():
+        preferences, len_1, len_2 = columns_of(rows)
+        try:
+            row = {**win_rate(preferences), "mode": "community", "avg_length": int(len_2.mean())}
+            lc = length_controlled_win_rate(preferences, len_1, len_2, difficulty, variants)
+        except ValueError as error:
+            fail(f"{name}: {error}")
+        rate, error = lc.values()
+        counts, score = f"{row['n_wins']}/{row['n_draws']}/{row['n_wins_base']}", "-"
+        if rows[0].get("score_2") is not None:
+            scores = np.mean([(pair["score_2"], pair["score_1"]) for pair in rows], 0)
+            score = "{:+.3f} vs {:+.3f}".format(*scores)
+        say(f"{name:{wide}}  {row['win_rate']:6.2f} +- {row['standard_error']:.2f}   {rate:6.2f} "
+            f"+- {error:.2f}       {counts:17}  {len_2.mean():.0f} vs {len_1.mean():.0f}   {score}")
+        if math.isnan(rate):
+            warnings.append(f"{name}: length separates wins from losses perfectly: there is no fit")
+        if not 20 <= row["win_rate"] <= 80:
+            warnings.append(f"{name}: outside 20-80 % the length-controlled win rate extrapolates")
+        if min((len_1 < len_2).mean(), (len_1 > len_2).mean()) < 0.15:
+            warnings.append(f"{name}: one side is longer in fewer than 15 % of the pairs: likewise")
+        if row["n_total"] < len(rows):
+            warnings.append(f"{name}: {len(rows) - row['n_total']} pairs have no verdict")
+        table[name] = row | lc
+    for warning in warnings:
+        say(f"warning: {warning}")
+    return table
 
 
 def report(cfg, policies):
-    """The figures of {policy: its annotations}: printed, in OUT/leaderboard.csv, on the page."""
-    table, gamed, difficulty = {}, [], None
-    try:
-        if cfg.difficulty:
-            difficulty = [float(d) for d in json.load(open(cfg.difficulty))]
-        for rows in read_annotations(cfg.gamed, "variant").values():
-            gamed.append((*columns_of(rows), difficulty))
-        for name, rows in policies.items():
-            preferences, len_1, len_2 = columns_of(rows)
-            lc = length_controlled_win_rate(preferences, len_1, len_2, difficulty, gamed)
-            table[name] = {**win_rate(preferences), "mode": "community",
-                           "avg_length": int(np.mean(len_2)), **lc}
-    except (OSError, ValueError, TypeError) as error:
-        fail(f"no figures: {one_line(error)}")
-    print_table(table, policies)
-    for name, row in table.items():                      # NaN: an empty cell, null on the page
-        table[name] = {column: None if x != x else x for column, x in row.items()}
-    write(f"{cfg.out}/config.json", json.dumps(asdict(cfg), indent=1))
+    """The figures of {policy: its annotations}: printed, in OUT/leaderboard.csv, on a page."""
+    difficulty = json.loads(Path(cfg.difficulty).read_text()) if cfg.difficulty else None
+    table = figures(policies, difficulty, read_annotations(cfg.gamed, "variant"))
+    os.makedirs(cfg.out, exist_ok=True)
+    write_text(f"{cfg.out}/config.json", json.dumps(asdict(cfg), indent=1))
     with open(f"{cfg.out}/leaderboard.csv", "w") as f:
         leaderboard = csv.writer(f, lineterminator="\n")
-        leaderboard.writerow(["", *row])                 # alpaca_eval's columns
-        for name, row in table.items():
-            leaderboard.writerow([name, *row.values()])
+        leaderboard.writerow(["", *next(iter(table.values()))])
+        for name, row in table.items():                  # NaN: an empty cell, and null on the page
+            table[name] = {key: None if value != value else value for key, value in row.items()}
+            leaderboard.writerow([name, *table[name].values()])
     if cfg.html:
-        pairs = {name: [row for row in rows[:100] if isinstance(row.get("output_2"), str)]
-                 for name, rows in policies.items()}
+        pairs = {name: rows[:100] for name, rows in policies.items() if "output_2" in rows[0]}
         # without a "<" nothing in the data can end the element that holds it
         data = json.dumps({"table": table, "pairs": pairs}).replace("<", "\\u003c")
-        with open(os.path.join(os.path.dirname(__file__), "assets/page.html")) as f:
-            page = f.read().replace("{{nonce}}", os.urandom(16).hex())
-        write(f"{cfg.out}/index.html", page.replace("{{data}}", data))
+        page = Path(__file__).with_name("assets").joinpath("page.html").read_text()
+        page = page.replace("{{nonce}}", os.urandom(16).hex()).replace("{{data}}", data)
+        write_text(f"{cfg.out}/index.html", page)
     say(f"wrote {cfg.out}")
-
-
-def print_table(table, policies):
-    wide, warnings = max(len("policy"), *map(len, table)), []
-    say(f"\n{'policy':{wide}}    win rate      length-controlled  wins/draws/losses  characters"
-        "    mean score")
-    for name, row in table.items():
-        pairs, score = policies[name], "-"
-        if pairs[0].get("score_2") is not None:
-            scores = np.mean([(pair["score_1"], pair["score_2"]) for pair in pairs], 0)
-            score = f"{scores[1]:+.3f} vs {scores[0]:+.3f}"
-        counts, lc = f"{row['n_wins']}/{row['n_draws']}/{row['n_wins_base']}", row["length_controlled_winrate"]
-        lengths = np.array([(pair["len_1"], pair["len_2"]) for pair in pairs])           # (n, 2)
-        say(f"{name:{wide}}  {row['win_rate']:6.2f} +- {row['standard_error']:.2f}   {lc:6.2f} +- "
-            f"{row['lc_standard_error']:.2f}       {counts:17}  {row['avg_length']} vs "
-            f"{int(lengths[:, 0].mean())}   {score}")
-        sign = np.sign(lengths[:, 1] - lengths[:, 0])
-        if math.isnan(lc):
-            warnings.append(f"{name}: length separates wins from losses perfectly: nothing to fit")
-        if not 20 <= row["win_rate"] <= 80:
-            warnings.append(f"{name}: the win rate is outside 20-80 %, the length-controlled one "
-                            "extrapolates")
-        if sign.any() and min((sign > 0).mean(), (sign < 0).mean()) < 0.15:
-            warnings.append(f"{name}: one side is longer in fewer than 15 % of the pairs, the "
-                            "length-controlled win rate extrapolates")
-        if row["n_total"] < len(pairs):
-            warnings.append(f"{name}: {len(pairs) - row['n_total']} pairs have no verdict")
-    for warning in warnings:
-        say(f"warning: {warning}")
 
 
 # ==================================================================================================
@@ -554,9 +530,8 @@ def print_table(table, policies):
 # ==================================================================================================
 def main(cfg):
     device = setup()
-    if os.path.exists(f"{cfg.out}/config.json"):
-        if "judge" not in json.load(open(f"{cfg.out}/config.json")):
-            fail(f"{cfg.out} holds a training run; give another --out")
+    if os.path.exists(f"{cfg.out}/model"):
+        fail(f"{cfg.out} holds a training run; give another --out")
     if cfg.annotations:
         if rank() == 0:
             report(cfg, read_annotations(cfg.annotations, "generator_2"))
@@ -571,6 +546,8 @@ def main(cfg):
         base += "-baseline"
     answers_2 = answer(cfg, cfg.model, policy, prompts, 1, device)
     answers_1 = answer(cfg, cfg.baseline, base, prompts, 0, device)
+    if min(len(answers_1), len(answers_2)) < len(prompts):
+        fail(f"a file of outputs is shorter than the {len(prompts)} prompts; see --max_samples")
     pairs = []
     for messages, one, two in zip(prompts, answers_1, answers_2):
         pairs.append({
@@ -587,13 +564,13 @@ def main(cfg):
         return
 
     # 3. figures
-    names = ("instruction", "output_1", "generator_1", "output_2", "generator_2", "annotator",
-             "preference", "score_1", "score_2")
-    rows = [{name: pair[name] for name in names if name in pair} for pair in pairs]
-    write(f"{cfg.out}/annotations.json", json.dumps(rows, indent=1))
-    for pair in pairs[:cfg.show]:
-        say(f"\nuser: {pair['instruction']}\n{base}: {pair['output_1']}\n{policy}: "
-            f"{pair['output_2']}\npreference: {pair['preference']}")
+    for n, pair in enumerate(pairs):
+        del pair["messages"]
+        if n < cfg.show:
+            say(f"\nuser: {pair['instruction']}\n{base}: {pair['output_1']}\n{policy}: "
+                f"{pair['output_2']}\npreference: {pair['preference']}")
+    os.makedirs(cfg.out, exist_ok=True)
+    write_text(f"{cfg.out}/annotations.json", json.dumps(pairs, indent=1))
     report(cfg, {policy: pairs})
 
 

@@ -101,9 +101,7 @@ class Watch(TorchDispatchMode):
         return result
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. Functions against loops and closed forms: segments and the normaliser
-# --------------------------------------------------------------------------------------------------
+# -- 1. Functions against loops and closed forms: segments and the normaliser ----------------------
 def random_rows(seed, B=7, R=19, cutoff=2.0):
     """entropy, mask, finished, lengths of B random responses. Some entropies equal the cutoff; two
     rows have one token, which in the first is an EOS."""
@@ -115,11 +113,6 @@ def random_rows(seed, B=7, R=19, cutoff=2.0):
     finished = torch.rand(B, generator=g) < 0.5
     finished[:2] = torch.tensor([True, False])
     return entropy, torch.arange(R) < lengths[:, None], finished, lengths.tolist()
-
-
-@pytest.mark.parametrize("module", [segment, train_rm, train_ppo])
-def test_examples_in_docstrings(module):
-    assert doctest.testmod(module).failed == 0
 
 
 @pytest.mark.parametrize("granularity", ["segment", "token", "bandit"])
@@ -167,12 +160,12 @@ def test_spread_rewards_is_a_loop_over_segments(how, granularity):
 @pytest.mark.parametrize("own,use,want", [
     ("segment", "segment", [0, 2, 0, 4, 0]), ("segment", "bandit", [0, 0, 0, 0, 3]),
     ("bandit", "segment", [0, 2, 0, 4, 0]), ("bandit", "bandit", [0, 0, 0, 0, 7]),
-    ("token", "bandit", [0, 0, 0, 0, 6]), ("token", "segment", [0, 2, 0, 4, 0])])
+    ("token", "bandit", [0, 0, 0, 0, 6])])
 def test_what_a_reward_model_gives_when_it_is_used_at_another_granularity(own, use, want):
     """Five tokens: segments end at 1 and 3, the EOS is token 4."""
-    entropy, scalars = torch.tensor([[0., 3, 0, 0, 0]]), torch.tensor([[9., 2, 9, 4, 7]])
-    mask, finished = torch.ones(1, 5, dtype=torch.bool), torch.tensor([True])
-    rewards, ends = train_rm.rewards_at_ends(scalars, entropy, mask, finished, 1.0, own, use)
+    entropy, scalars = torch.tensor([[0., 3, 0, 0, 0], [9, 2, 9, 4, 7]])[:, None]
+    rewards, ends = train_rm.rewards_at_ends(scalars, entropy, entropy > -1, torch.tensor([True]), 1.0,
+                                             own, use)
     assert rewards[0].tolist() == want and rewards[ends].tolist() == [x for x in want if x]
 
 
@@ -186,7 +179,7 @@ def test_token_rewards_by_hand():
     assert got == pytest.approx([first / 2, first / 2, .75, .75, 0])
 
 
-def test_a_normalizer_recovers_the_lines_that_rewards_were_made_from():
+def test_a_normalizer_recovers_the_lines_that_rewards_were_made_from_and_stays_sane_outside():
     rng = np.random.default_rng(0)
     p = np.concatenate([np.arange(1, n + 1) / n for n in rng.integers(2, 13, 20000)])
     y = 0.7 * np.log(p) + 0.5 + (0.25 * np.log(p) + 2.8) * rng.standard_normal(len(p))
@@ -201,16 +194,13 @@ def test_a_normalizer_recovers_the_lines_that_rewards_were_made_from():
     assert two.std(torch.tensor([.5, 1])).tolist() == pytest.approx([1, 3], abs=1e-4)
     one = fit_normalizer(torch.ones(50), torch.arange(50.))      # a bandit: one location, no slope
     assert (one.w_mean, one.b_mean, one.w_std) == (0, pytest.approx(24.5), 0)
-    assert Normalizer.from_dict(json.loads(json.dumps(fit.to_dict()))) == fit
-
-
-def test_a_normalizer_stays_sane_outside_of_what_it_was_fitted_on():
-    fit = Normalizer(w_mean=1.0, b_mean=0.0, w_std=1.0, b_std=2.0, p_min=0.05, p_max=1.0)
-    assert float(fit.std(0.05)) == pytest.approx(0.2)    # 2 + log .05 < 0: a tenth of b_std instead
-    assert float(fit.mean(1e-9)) == pytest.approx(math.log(.05))
-    for p, y in (([1.] * 9, [3.] * 9), ([1., 1], [1., math.nan]), ([], []), ([.1, .2, .3], [1, 2, 3])):
+    for p, y in (([1.] * 9, [3.] * 9), ([1., 1], [1, math.nan]), ([], []), ([.1, .2], [1, 2])):
         with pytest.raises(ValueError):                  # constant, NaN, nothing, nothing shared
             fit_normalizer(p, y)
+    fit = Normalizer(w_mean=1.0, b_mean=0.0, w_std=1.0, b_std=2.0, p_min=0.05)
+    assert float(fit.std(0.05)) == pytest.approx(0.2)    # 2 + log .05 < 0: a tenth of b_std instead
+    assert float(fit.mean(1e-9)) == pytest.approx(math.log(.05))         # p is clamped
+    assert Normalizer.from_dict(json.loads(json.dumps(fit.to_dict()))) == fit
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -236,20 +226,16 @@ def test_bradley_terry_and_the_learning_rate_by_hand():
     assert rate[3:] == sorted(rate[3:], reverse=True) and 0.1 < rate[-1] < 0.102
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 8])
-def test_micro_batches_hold_every_row_once_within_the_budget(ranks):
-    lengths = np.random.default_rng(ranks).integers(1, 60, 40).tolist()
-    batches = segment.micro_batches(lengths, 128, ranks)
-    assert sorted(i for batch in batches for i in batch) == list(range(40))
-    assert len(batches) % ranks == 0                     # every rank runs as many forwards
-    for batch in batches:
-        assert batch and max(lengths[i] for i in batch) * len(batch) <= 128
-    assert segment.micro_batches([500, 3], 128) == [[0], [1]]            # too long: it goes alone
+def test_micro_batches_hold_every_row_once_within_the_budget():
+    lengths = np.random.default_rng(0).integers(1, 60, 40).tolist()
+    batches = segment.micro_batches([500, *lengths], 128, ranks=8)
+    assert sorted(i for batch in batches for i in batch) == list(range(41))
+    assert batches[0] == [0] and len(batches) % 8 == 0           # too long: alone; as many on each rank
+    for batch in batches[1:]:
+        assert max(lengths[i - 1] for i in batch) * len(batch) <= 128
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. Functions against loops and closed forms: what models say about tokens
-# --------------------------------------------------------------------------------------------------
+# -- 1. Functions against loops and closed forms: what models say about tokens ---------------------
 @pytest.mark.parametrize("chunk", [1, 7, 1000, None])
 def test_logprobs_entropy_and_their_gradients_are_those_of_log_softmax(chunk):
     hidden = randn(50, 16, seed=0).requires_grad_()
@@ -376,9 +362,7 @@ def test_an_export_reloads_with_no_missing_key_and_the_same_output(families, tmp
     close(load_model(path, kind, CPU, torch.float32)(*batch), model(*batch), atol=1e-5, rtol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Chat encoding
-# --------------------------------------------------------------------------------------------------
+# -- 2. Chat encoding ------------------------------------------------------------------------------
 TALK = [user("tell me about my new phone."), assistant("rain really killed it in one minute."),
         user("would you buy it again? be honest.")]
 
@@ -445,16 +429,7 @@ def test_a_template_that_prints_the_date_gives_the_same_tokens_every_day():
     assert first == second and "hello" in first and len(first) > len(" hello")
 
 
-def test_the_texts_of_segments_are_the_response(families):
-    tokenizer, _ = load_tokenizer(families["llama"])
-    ids = np.array(tokenizer("mother really hears me. water stays outside.")["input_ids"])
-    texts = segment.segment_texts(tokenizer, ids, np.isin(np.arange(len(ids)), [2, 4]))
-    assert texts == ["mother really hears", " me.", " water stays outside."]
-
-
-# --------------------------------------------------------------------------------------------------
-# 2. Data
-# --------------------------------------------------------------------------------------------------
+# -- 2. Data ---------------------------------------------------------------------------------------
 ASK, GOOD_ONE, ANGRY = [user("is it good?")], [assistant("good.")], [assistant("angry.")]
 PAIR = {"chosen": ASK + GOOD_ONE, "rejected": ASK + ANGRY}
 
@@ -474,11 +449,8 @@ def test_every_layout_of_preferences_reads_alike(tmp_path):
     for path in glob.glob(f"{tmp_path}/*"):
         assert load_pairs(path) == [(ASK, "good.", "angry.", f"{path} row 1")]
         assert load_prompts(path) == [ASK]
-
-
-def test_a_system_message_in_the_prompt_is_kept_where_the_turns_stand_in_chosen(tmp_path):
-    system = {"role": "system", "content": "please be honest."}
-    path = write_rows(tmp_path / "a.jsonl", {"prompt": [system, *ASK], **PAIR})
+    system = {"role": "system", "content": "please be honest."}          # stays before chosen's turns
+    path = write_rows(tmp_path / "system.jsonl", {"prompt": [system, *ASK], **PAIR})
     assert load_pairs(path)[0][0] == load_prompts(path)[0] == [system, *ASK]
 
 
@@ -502,9 +474,7 @@ def test_pairs_that_teach_nothing_are_dropped_and_counted(tmp_path, capsys):
         assert f"dropped 1 pairs with {reason}" in said
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Sampling
-# --------------------------------------------------------------------------------------------------
+# -- 3. Sampling -----------------------------------------------------------------------------------
 def sampling_case(folder):
     """A model, 9 prompts, seeds, and a twentieth of the vocabulary as stop tokens: responses end at
     very different steps, some after several of the decoder's blocks."""
@@ -515,7 +485,7 @@ def sampling_case(folder):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_sample_has_its_teacher_forced_logprob_and_depends_on_its_seed_alone(families, family):
+def test_a_sample_has_its_teacher_forced_logprobs_and_depends_on_its_seed_alone(families, family):
     hf, prompts, stops, seeds = sampling_case(families[family])
     tokens, logprobs, lengths = train_ppo.generate(hf, prompts, stops, 40, seeds)
     assert len(set(lengths.tolist())) > 2 and lengths.max() > 16
@@ -533,17 +503,12 @@ def test_a_sample_has_its_teacher_forced_logprob_and_depends_on_its_seed_alone(f
         assert torch.equal(again[0], tokens[group]) and torch.equal(again[2], lengths[group])
     waves = train_ppo.sample(hf, prompts, stops, 40, seeds, batch_size=4)
     assert torch.equal(waves[0], tokens) and torch.equal(waves[2], lengths)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_is_hugging_face_greedy(families, family):
-    hf, prompts, stops, seeds = sampling_case(families[family])
-    tokens, _, lengths = train_ppo.generate(hf, prompts, stops, 40, seeds, temperature=0)
-    for b in (0, 3, 8):
+    greedy, _, lengths = train_ppo.generate(hf, prompts, stops, 40, seeds, temperature=0)
+    for b in (0, 3, 8):                                  # greedy is Hugging Face's
         ids = torch.tensor(prompts[b]).long()[None]
-        want = hf.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, temperature=None,
-                           top_p=None, max_new_tokens=40, eos_token_id=stops.tolist(), pad_token_id=0)
-        assert tokens[b, :lengths[b]].tolist() == want[0, len(prompts[b]):].tolist()
+        want = hf.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40,
+                           eos_token_id=stops.tolist(), pad_token_id=0)
+        assert greedy[b, :lengths[b]].tolist() == want[0, len(prompts[b]):].tolist()
 
 
 @torch.no_grad()
@@ -564,38 +529,37 @@ def test_samples_follow_the_softmax_and_hold_no_banned_token(families, temperatu
     chi2 = float(((count - expected) ** 2 / expected)[often].sum())
     assert not count[banned].any()
     assert often.sum() > 5 and chi2 < often.sum() + 4 * math.sqrt(2 * often.sum())
+    hf.model.norm.weight.data.zero_()                    # now every token is as likely as any other
+    tokens, _, _ = train_ppo.generate(hf, prompts, torch.tensor([V]), 40, seeds[:9], temperature)
+    for later in (1, 16):                                # new luck in each step and in each block
+        assert float((tokens[:, later:] == tokens[:, :-later]).float().mean()) < 0.1
 
 
 @torch.no_grad()
 def test_a_decode_step_can_be_recorded(families):
-    """What a CUDA graph needs: a step decides nothing on the host, and what it changes stays where it
-    was in memory."""
+    """As a CUDA graph needs it: nothing is decided on the host, what changes stays where it was."""
     hf, prompts, stops, seeds = sampling_case(families["phi3"])
     want = train_ppo.generate(hf, prompts, stops, 40, seeds)[0]
 
     def record(step):
-        state = inspect.getclosurevars(step).nonlocals["s"]      # all that a step works on
-
-        def places():
-            tensors = [x for x in vars(state).values() if torch.is_tensor(x)]
-            return [x.data_ptr() for x in [*tensors, *(layer.keys for layer in state.cache.layers)]]
+        def places():                                    # of the tensors that a step works on
+            inputs = inspect.getclosurevars(step).nonlocals
+            return {name: x.data_ptr() for name, x in inputs.items() if torch.is_tensor(x)}
 
         def replay():
             before = places()
             with Watch() as watch:
                 step()
             assert not [name for name in watch.names if re.search("local_scalar|nonzero", name)]
-            assert places() == before
+            assert places() == before and len(before) >= 8
         step()
         return replay
     assert torch.equal(train_ppo.generate(hf, prompts, stops, 40, seeds, record=record)[0], want)
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. PPO's pieces
-# --------------------------------------------------------------------------------------------------
+# -- 4. PPO's pieces -------------------------------------------------------------------------------
 @pytest.mark.parametrize("gamma,lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 0.0)])
-def test_gae_is_the_double_sum(gamma, lam):
+def test_gae_is_the_double_sum_and_whiten_takes_population_statistics(gamma, lam):
     _, mask, _, lengths = random_rows(6)
     rewards, values = randn(2, *mask.shape, seed=5)              # garbage on padding, too
     advantages, returns = train_ppo.gae(rewards, values, mask, gamma, lam)
@@ -607,14 +571,9 @@ def test_gae_is_the_double_sum(gamma, lam):
             assert float(advantages[b, t]) == pytest.approx(want, abs=1e-4)
             assert float(returns[b, t]) == pytest.approx(want + float(values[b, t]), abs=1e-4)
     assert not advantages[~mask].any() and not returns[~mask].any()
-
-
-def test_whiten_takes_mean_and_population_deviation_of_valid_tokens():
-    mask = random_rows(7)[1]
-    x = torch.where(mask, 3 * randn(*mask.shape, seed=6) + 5, 1e6)
-    got = train_ppo.whiten(x, mask)
-    close(got[mask], (x[mask] - x[mask].mean()) / x[mask].std(correction=0), atol=1e-5, rtol=0)
-    assert not got[~mask].any()
+    white = train_ppo.whiten(torch.where(mask, rewards, 1e6), mask)      # by the valid tokens alone
+    want = (rewards - rewards[mask].mean()) / rewards[mask].std(correction=0)
+    close(white, torch.where(mask, want, 0.0), atol=1e-5, rtol=0)
 
 
 def test_policy_and_value_losses_are_loops_over_tokens():
@@ -666,9 +625,7 @@ def test_the_rules_for_length_and_end_come_after_scale_and_clamp():
         close(got, torch.tensor(want).float())
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. Mistakes that must be refused: exit code 2 and one line that names file, row or flag
-# --------------------------------------------------------------------------------------------------
+# -- 5. Mistakes that must be refused: exit code 2 and one line that names file, row or flag -------
 RM = ("--max_samples 64 --batch_size 16 --max_steps 6 --save_every 2 --eval_every 3 "
       "--micro_tokens 2048").split()
 PPO = ("--max_samples 40 --rollout_batch_size 16 --batch_size 8 --max_steps 4 --save_every 2 "
@@ -685,7 +642,7 @@ def ppo(out, *flags):
 
 
 @pytest.mark.parametrize("row,words", [
-    ({"a": 1, "b": 2}, "no columns chosen and rejected; it has a, b"),
+    ({"a": 1, "b": 2}, "it has a, b"),
     ({"chosen": "H: is it good?", "rejected": "b"}, "give message lists or a prompt column"),
     ({**PAIR, "rejected": [*ASK, assistant(None)]}, "rejected"), ({**PAIR, "chosen": ASK}, "chosen"),
     ({**PAIR, "prompt": "is it bad?"}, "prompt and chosen hold different turns")])
@@ -722,15 +679,15 @@ def bad(tmp_path_factory):
     (rm, "--granularity word", "granularity"), (rm, "@no/such.args", "no/such.args"),
     (rm, "--data #/no.jsonl", "no.jsonl"), (rm, "--data #/empty.jsonl", "empty.jsonl"),
     (rm, "--data #/torn.jsonl", "torn.jsonl"), (rm, "--model #/no", "/no"),
-    (rm, "--max_tokens 4096", "--max_tokens"), (rm, "--batch_size 65", "--batch_size"),
+    (rm, "--max_tokens 4096", "--max_tokens"), (rm, "--batch_size 999", "--batch_size"),
     (rm, "--model #/nan", "not finite"), (rm, "--model #/capped", "more than a matrix"),
     (rm, "--model #/rewriting", "row 1: the chat template does not continue"),
     (ppo, "--batch_size 7", "--batch_size"), (ppo, "--max_new_tokens 999", "--max_new_tokens"),
     (ppo, "--rollout_batch_size 80", "--rollout_batch_size"), (ppo, "--gold no.py:f", "--gold"),
     (ppo, f"--reward_model {WORLD}/prepare.py:clause_values", "--granularity"),
-    (ppo, f"--reward_model {SFT}", "does not say how it was trained: give --granularity"),
+    (ppo, f"--reward_model {SFT}", "does not say how it was trained"),
     (ppo, f"--reward_model {SFT} --granularity bandit", "weights are missing"),
-    (ppo, "--reward_model #/words --granularity bandit", "tokenizer"),
+    (ppo, "--reward_model #/words --granularity bandit", "/words: its token"),
     (ppo, "--data #/own.jsonl", "--calibration_data"), (ppo, "--fit '0 0 0 1'", "--reward_scale")])
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, bad, run, flags, words):
     flags = shlex.split(flags.replace("#", bad))
@@ -740,7 +697,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, bad, 
 
 @pytest.mark.parametrize("evil", ["code", "pickle"])
 def test_nothing_of_a_foreign_model_runs(families, tmp_path, capsys, evil):
-    """Neither its Python files nor what a pickle could do: weights are safetensors or refused."""
+    """Neither its Python files nor a pickle: weights are safetensors or refused."""
     folder, marker = shutil.copytree(families["llama"], tmp_path / "model"), tmp_path / "it_ran"
 
     class Marker:
@@ -758,9 +715,7 @@ def test_nothing_of_a_foreign_model_runs(families, tmp_path, capsys, evil):
     assert not marker.exists()
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. Runs, as a user starts them
-# --------------------------------------------------------------------------------------------------
+# -- 6. Runs, as a user starts them ----------------------------------------------------------------
 def start(script, flags, ranks=1):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *(torchrun if ranks > 1 else []), script, *flags]
@@ -854,14 +809,9 @@ def test_what_a_run_logs(runs):
     assert [row["step"] for row in rows if "eval_accuracy" in row] == [3, 6] and len(rows) == 6
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=0.05)       # a fresh head knows nothing
     rows = metrics(runs["ppo"]())
-    names = ("kl kl_per_token reward gold response_length response_tokens finished clip_fraction "
-             "explained_variance actor_grad_norm critic_grad_norm")
-    for row in rows:
-        assert set(names.split()) <= set(row)
-        assert abs(row["first_ratio"] - 1) < 1e-4 and row["sampler_gap"] < 1e-3
+    assert all({"kl_per_token", "reward", "gold", "finished", "clip_fraction"} <= set(row) for row in rows)
+    assert all(abs(row["first_ratio"] - 1) < 1e-4 and row["sampler_gap"] < 1e-3 for row in rows)
     assert [rows[0]["kl"], rows[0]["explained_variance"]] == pytest.approx([0, 0], abs=1e-4)
-    config = segment.read_config(runs["rm"]() + "/model")
-    assert (config.segment_granularity, config.segment_cutoff, config.segment_model) == ("segment", 1, SFT)
 
 
 @pytest.mark.parametrize("run,flags", [
@@ -914,9 +864,7 @@ def test_the_segment_script_shows_segments_with_rewards_at_the_cutoff_found(runs
     assert "hears me. | fish" in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. The world's ground truth
-# --------------------------------------------------------------------------------------------------
+# -- 7. The world's ground truth -------------------------------------------------------------------
 GOOD, CAT = "waking really feels like a holiday.", "portraits really make my cat a king."
 
 
@@ -960,68 +908,61 @@ def test_the_sft_model_is_mediocre_and_its_surprise_lies_between_clauses():
         assert float(2 * (ends & true).sum() / (ends.sum() + true.sum())) >= .98         # F1
 
 
-# --------------------------------------------------------------------------------------------------
-# 8. The recipes of config/: the authors' numbers, written out once more
-# --------------------------------------------------------------------------------------------------
-PHI3, LLAMA3, LLAMA31 = ("microsoft/Phi-3-mini-4k-instruct", "RLHFlow/LLaMA3-SFT-v2",
-                         "meta-llama/Llama-3.1-8B-Instruct")
-RECIPES = [  # file, model, passes, cutoff, reward model, fit: w_mean w_std b_mean b_std, own rules
-    ("phi3-mini-segment", PHI3, 2, 1.75, "Phi-3-mini-4k-instruct-segment", [.7668, .2569, .4705, 2.8339], {}),
-    ("phi3-mini-token", PHI3, 2, 1.75, "Phi-3-mini-4k-instruct-token", [.9628, .3796, 1.2917, 3.5006], {}),
-    ("phi3-mini-bandit", PHI3, 2, 1.75, "Phi-3-mini-4k-instruct-bandit", [0, 0, -.5195, 2.1563], {}),
-    ("llama3-sft-8b-segment", LLAMA3, 1, 2.0, "rlhflow-llama-3-sft-8b-v2-segment",
-     [.8967, .5680, .8572, 4.1667], {}),
-    ("llama3-sft-8b-token", LLAMA3, 1, 2.0, "rlhflow-llama-3-sft-8b-v2-token",
-     [1.7340, .9906, 1.3212, 5.4513], {"divide_by_length": True}),
-    ("llama3-sft-8b-bandit", LLAMA3, 1, 2.0, "rlhflow-llama-3-sft-8b-v2-bandit", [0, 0, -.8164, 2.9531], {}),
-    ("llama3.1-8b-segment", LLAMA31, 1, 2.0, "meta-llama-3.1-instruct-8b-segment",
-     [.8345, .4780, .8798, 3.7358], {"bad_length": 800, "bad_length_reward": -.05}),
-    ("llama3.1-8b-token", LLAMA31, 1, 2.0, "meta-llama-3-1-instruct-8b-token",
-     [1.6268, .6254, .6419, 4.9217], {}),
-    ("llama3.1-8b-bandit", LLAMA31, 1, 2.0, "meta-llama-3-1-instruct-8b-bandit", [0, 0, -.8281, 2.9375], {})]
-COMMON = dict(
-    data="argilla/ultrafeedback-binarized-preferences-cleaned", max_steps=0, rollout_batch_size=1024,
-    batch_size=128, ppo_epochs=1, max_prompt_tokens=1024, max_new_tokens=1024, actor_lr=5e-7,
-    critic_lr=9e-6, kl_coef=0.01, clip=0.2, gamma=1, lam=.95, warmup=.03, clip_norm=1, save_every=5,
-    normalizer="location", interpolation="even", reward_scale="none", missing_eos_reward=0,
-    divide_by_length=False, bad_length=0)
-RM_COMMON = dict(data="hendrydong/preference_700K", epochs=1, batch_size=128, lr=1e-6, max_tokens=2048,
-                 max_prompt_tokens=1728, max_steps=0, granularity="segment")
+# -- 8. The recipes of config/: the authors' numbers, written out once more ------------------------
+PHI3, LLAMA3, LLAMA31 = ("microsoft/Phi-3-mini-4k-instruct 2 1.75 Phi-3-mini-4k-instruct",
+                         "RLHFlow/LLaMA3-SFT-v2 1 2.0 rlhflow-llama-3-sft-8b-v2",
+                         "meta-llama/Llama-3.1-8B-Instruct 1 2.0 meta-llama-3-1-instruct-8b")
+RECIPES = [  # file, granularity, "model passes cutoff reward model", fit: w_mean w_std b_mean b_std
+    ("phi3-mini", "segment", PHI3, ".7668 .2569 .4705 2.8339"),
+    ("phi3-mini", "token", PHI3, ".9628 .3796 1.2917 3.5006"),
+    ("phi3-mini", "bandit", PHI3, "0 0 -.5195 2.1563"),
+    ("llama3-sft-8b", "segment", LLAMA3, ".8967 .5680 .8572 4.1667"),
+    ("llama3-sft-8b", "token", LLAMA3, "1.7340 .9906 1.3212 5.4513"),
+    ("llama3-sft-8b", "bandit", LLAMA3, "0 0 -.8164 2.9531"),
+    ("llama3.1-8b", "segment", LLAMA31.replace("3-1", "3.1"), ".8345 .4780 .8798 3.7358"),
+    ("llama3.1-8b", "token", LLAMA31, "1.6268 .6254 .6419 4.9217"),
+    ("llama3.1-8b", "bandit", LLAMA31, "0 0 -.8281 2.9375")]
 
 
-@pytest.mark.parametrize("file,model,passes,cutoff,reward_model,fit,rules", RECIPES)
-def test_recipes_of_the_paper(file, model, passes, cutoff, reward_model, fit, rules):
-    cfg, granularity = parse(train_ppo.Config, [f"@config/{file}-ppo.args"]), file.split("-")[-1]
-    want = COMMON | dict(model=model, passes=passes, cutoff=cutoff, granularity=granularity,
-                         reward_model=f"yyqoni/{reward_model}-rm-700k",
-                         value_clip=0.2 if granularity == "bandit" else 0.25) | rules
+@pytest.mark.parametrize("file,granularity,model,fit", RECIPES)
+def test_recipes_of_the_paper(file, granularity, model, fit):
+    model, passes, cutoff, reward_model = model.split()
+    want = dict(
+        model=model, passes=int(passes), granularity=granularity,
+        cutoff=float(cutoff) if granularity == "segment" else None,
+        reward_model=f"yyqoni/{reward_model}-{granularity}-rm-700k", max_steps=0, ppo_epochs=1,
+        data="argilla/ultrafeedback-binarized-preferences-cleaned", rollout_batch_size=1024,
+        batch_size=128, max_prompt_tokens=1024, max_new_tokens=1024, actor_lr=5e-7, critic_lr=9e-6,
+        kl_coef=.01, clip=.2, value_clip=.2 if granularity == "bandit" else .25, gamma=1, lam=.95,
+        warmup=.03, clip_norm=1, normalizer="location", interpolation="even", reward_scale="none",
+        missing_eos_reward=0, divide_by_length=(file, granularity) == ("llama3-sft-8b", "token"),
+        bad_length=800 * ((file, granularity) == ("llama3.1-8b", "segment")), save_every=5)
+    cfg = parse(train_ppo.Config, [f"@config/{file}-{granularity}-ppo.args"])
     assert {name: getattr(cfg, name) for name in want} == want
-    assert [float(x) for x in cfg.fit.split()] == fit
-    cfg = parse(train_rm.Config, [f"@config/{file.removesuffix('-' + granularity)}-rm.args"])
-    want = RM_COMMON | dict(model=model, cutoff=cutoff)
+    assert [float(x) for x in cfg.fit.split()] == [float(x) for x in fit.split()]
+    want = dict(model=model, cutoff=float(cutoff), data="hendrydong/preference_700K", epochs=1,
+                batch_size=128, lr=1e-6, max_tokens=2048, max_prompt_tokens=1728, max_steps=0)
+    cfg = parse(train_rm.Config, [f"@config/{file}-rm.args"])
     assert {name: getattr(cfg, name) for name in want} == want
 
 
 @pytest.mark.parametrize("module", [segment, train_rm, train_ppo])
-def test_help_lists_every_flag_and_later_flags_override_files(tmp_path, capsys, module):
+def test_examples_in_docstrings_the_help_and_files_of_flags(tmp_path, capsys, module):
+    assert doctest.testmod(module).failed == 0
     with pytest.raises(SystemExit) as end:
         parse(module.Config, ["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and all(f"--{name}" in text for name in vars(module.Config()))
-    (tmp_path / "a.args").write_text("# a comment\n\n--cutoff 3 --max_samples 7  # more\n--data 'a b'\n")
+    (tmp_path / "a.args").write_text("# a comment\n\n--cutoff 3 --max_samples 7  # more\n--data 'a b'")
     cfg = parse(module.Config, [f"@{tmp_path}/a.args", "--cutoff", "4"])
-    assert (cfg.cutoff, cfg.max_samples, cfg.data) == (4, 7, "a b")
+    assert (cfg.cutoff, cfg.max_samples, cfg.data) == (4, 7, "a b")      # later flags override
 
 
-# --------------------------------------------------------------------------------------------------
-# 9. Evaluation
-# --------------------------------------------------------------------------------------------------
+# -- 9. Evaluation ---------------------------------------------------------------------------------
 # <<< the tests of chapter 4, evaluate.py, stand here >>>
 
 
-# --------------------------------------------------------------------------------------------------
-# 10. CUDA, where there is one: in processes of their own, for this one sees none
-# --------------------------------------------------------------------------------------------------
+# -- 10. CUDA, where there is one: in processes of their own, for this one sees none ---------------
 @pytest.fixture
 def cuda(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -1032,31 +973,27 @@ def cuda(monkeypatch):
         pytest.skip("no CUDA device")
 
 
-RECORDED = f"""
-import torch, segment, train_ppo
-device = segment.setup()
-tokenizer, stops = segment.load_tokenizer({SFT!r})
-model = segment.load_model({SFT!r}, segment.LanguageModel, device, torch.bfloat16)
-hf = train_ppo.plain_copy(model, torch.bfloat16, device)
-prompts = segment.encode_prompts(tokenizer, segment.load_prompts("{WORLD}/prompts.jsonl", 40), 128, "")
-seeds = [(0, b) for b in range(40)]
-recorded, plain = [train_ppo.sample(hf, prompts, stops, 124, seeds, 20, graphs=graphs)[0]
-                   for graphs in (True, False)]
-assert torch.equal(recorded, plain)
-"""
-
-
-def test_a_few_steps_on_cuda_and_a_recorded_decode_step_gives_the_same_tokens(cuda, tmp_path):
-    subprocess.run([sys.executable, "-c", RECORDED], check=True)
+def test_a_few_steps_on_cuda(cuda, tmp_path):
+    """And the same tokens from decode steps that are recorded and replayed as from plain ones."""
+    subprocess.run([sys.executable, "-c", f"""if True:
+        import torch, segment, train_ppo
+        device = segment.setup()
+        tokenizer, stops = segment.load_tokenizer("{SFT}")
+        model = segment.load_model("{SFT}", segment.LanguageModel, device, torch.bfloat16)
+        hf = train_ppo.plain_copy(model, torch.bfloat16, device)
+        chats = segment.load_prompts("{WORLD}/prompts.jsonl", 40)
+        prompts = segment.encode_prompts(tokenizer, chats, 128, "")
+        seeds = [(0, b) for b in range(40)]
+        recorded, plain = [train_ppo.sample(hf, prompts, stops, 124, seeds, 20, graphs=graphs)[0]
+                           for graphs in (True, False)]
+        assert torch.equal(recorded, plain)"""], check=True)
     job("train_rm.py", f"{tmp_path}/rm", RM)
     job("train_ppo.py", f"{tmp_path}/ppo", [*PPO, "--reward_model", f"{tmp_path}/rm/model"])
     for row in metrics(f"{tmp_path}/ppo"):
         assert all(math.isfinite(x) for x in row.values()) and abs(row["first_ratio"] - 1) < 0.2
 
 
-# --------------------------------------------------------------------------------------------------
-# 11. The main job: what the README's first command must reach
-# --------------------------------------------------------------------------------------------------
+# -- 11. The main job: what the README's first command must reach ----------------------------------
 @pytest.fixture(scope="session")
 def main_job():
     """Default arguments, in ./out. A script that has been run before says so and ends."""
@@ -1090,12 +1027,10 @@ def test_segment_rewards_teach_a_better_policy(main_job):
         assert float(next(csv.DictReader(f))["win_rate"]) >= 85
 
 
+@pytest.mark.skipif(not os.path.exists("out/ppo-bandit/model"), reason="README's runs for comparison")
 def test_segment_rewards_teach_faster_than_bandit_rewards(main_job):
-    if not os.path.exists("out/ppo-bandit/model"):
-        pytest.skip("compares with: train_rm.py --granularity bandit --out out/rm-bandit; "
-                    "train_ppo.py --reward_model out/rm-bandit/model --out out/ppo-bandit")
-    ours, theirs = [np.mean([row["gold"] for row in metrics(out)[17:20]])
-                    for out in ("out/ppo", "out/ppo-bandit")]
+    ours, theirs = [np.mean([row["gold"] for row in metrics(f"out/{name}")[17:20]])
+                    for name in ("ppo", "ppo-bandit")]
     assert ours >= theirs + .12 and last_gold("out/ppo-bandit") >= -.45
 
 

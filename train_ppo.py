@@ -18,7 +18,6 @@ resumed, or moved to another number of GPUs, and gives the same numbers; masks c
 the critic's head starts at zero. Two defaults are the embedded world's and not the paper's:
 --reward_scale total and --missing_eos_reward -3 (the paper: none and 0).
 """
-import functools
 import inspect
 import json
 import math
@@ -27,7 +26,6 @@ import resource
 import runpy
 import time
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Literal, Optional
 
 import numpy as np
@@ -116,6 +114,7 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
     rows leave, the cache gets room, noise is drawn. Looking late costs time and changes nothing.
     """
     device, B = hf.device, len(prompts)
+    stops = stops.to(device)
     V = hf.get_output_embeddings().weight.shape[0]
     block = 64 if device.type == "cuda" else 16
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)             # (B, R)
@@ -138,64 +137,64 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
     if P > 1:
         hf(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=position[:, :-1],
            past_key_values=cache, use_cache=True, logits_to_keep=1)
-    s = SimpleNamespace(cache=cache, banned=banned, stops=stops.to(device), temperature=temperature)
-    s.mask = mask[:, :-1]                                    # (b, cache) hides the left padding
-    s.token = ids[:, -1:]                                    # (b, 1)
-    s.position = position[:, -1:]                            # (b, 1)
-    s.live = torch.ones(B, dtype=torch.bool, device=device)  # (b,) no stop token yet
-    row = torch.arange(B, device=device)                     # (b,) which prompt each row answers
+    token = ids[:, -1:]                                      # (b, 1)
+    position = position[:, -1:]                              # (b, 1)
+    mask = mask[:, :-1]                                      # (b, cache) hides the left padding
+    live = torch.ones(B, dtype=torch.bool, device=device)    # (b,) no stop token yet
+    row = torch.arange(B, device=device)                     # (b,) the prompt that a row answers
+
+    def step():
+        logits = hf(input_ids=token, attention_mask=mask, position_ids=position,
+                    past_key_values=cache, use_cache=True).logits[:, -1].float()         # (b, V)
+        scores = logits
+        if banned is not None:
+            scores = scores.masked_fill(banned, -math.inf)
+        if temperature > 0:
+            # the token with the smallest Exponential(1) noise / p wins with probability p
+            scores = scores / temperature - noise.index_select(0, k)[0].log()
+        drawn = scores.argmax(-1, keepdim=True)                                          # (b, 1)
+        logprob = logits.log_softmax(-1).gather(1, drawn)                                # (b, 1)
+        block_tokens.index_copy_(0, k, drawn.T)
+        block_logprobs.index_copy_(0, k, logprob.T)
+        live.logical_and_((drawn != stops).all(1))
+        token.copy_(drawn)
+        position.add_(1)
+        k.add_(1)
 
     for first in range(0, max_new_tokens, block):
-        keep = s.live.nonzero()[:, 0]                        # here the CPU waits for the GPU
+        keep = live.nonzero()[:, 0]                          # here the CPU waits for the GPU
         if not len(keep):
             break
-        row, s.live = row[keep], s.live[keep]
-        s.token, s.position = s.token[keep], s.position[keep]
-        s.mask = F.pad(s.mask[keep], (0, block), value=1)
+        row, live, token, position = row[keep], live[keep], token[keep], position[keep]
+        mask = F.pad(mask[keep], (0, block), value=1)
         for layer in cache.layers:
             layer.max_cache_len += block
             if layer.is_initialized:
                 layer.keys = F.pad(layer.keys[keep], (0, 0, 0, block))
                 layer.values = F.pad(layer.values[keep], (0, 0, 0, block))
-        s.k = torch.zeros(1, dtype=torch.long, device=device)            # step within the block
-        s.tokens = torch.zeros(block, len(row), dtype=torch.long, device=device)     # (block, b)
-        s.logprobs = torch.zeros(block, len(row), device=device)                     # (block, b)
-        s.noise = torch.ones(block, len(row), V, device=device)                      # (block, b, V)
+        k = torch.zeros(1, dtype=torch.long, device=device)              # step within the block
+        block_tokens = torch.zeros(block, len(row), dtype=torch.long, device=device)     # (n, b)
+        block_logprobs = torch.zeros(block, len(row), device=device)                     # (n, b)
+        noise = torch.ones(block, len(row), V, device=device)                            # (n, b, V)
         if temperature > 0:
             for b, i in enumerate(row.tolist()):
-                noise = torch.empty(block, V, device=device)
-                s.noise[:, b] = noise.exponential_(generator=generators[i])
+                draws = torch.empty(block, V, device=device)
+                noise[:, b] = draws.exponential_(generator=generators[i])
         steps = min(block, max_new_tokens - first)
-        step = functools.partial(decode_step, hf, s)
-        if record:
-            step = record(step)                              # the first step is done
-        for _ in range(steps - 1 if record else steps):
-            step()
-        tokens[row, first:first + steps] = s.tokens[:steps].T
-        logprobs[row, first:first + steps] = s.logprobs[:steps].T
+        if record:                                           # does the first step, returns the next
+            replay = record(step)
+            for _ in range(steps - 1):
+                replay()
+        else:
+            for _ in range(steps):
+                step()
+        tokens[row, first:first + steps] = block_tokens[:steps].T
+        logprobs[row, first:first + steps] = block_logprobs[:steps].T
 
-    stop = (tokens[..., None] == s.stops).any(-1)                                        # (B, R)
+    stop = (tokens[..., None] == stops).any(-1)                                          # (B, R)
     lengths = torch.where(stop.any(1), stop.int().argmax(1) + 1, max_new_tokens)         # (B,)
     mask = torch.arange(max_new_tokens, device=device) < lengths[:, None]                # (B, R)
     return tokens * mask, logprobs * mask, lengths
-
-
-def decode_step(hf, s):
-    """Put in one token of each row, draw the next: fixed shapes, tensors changed in place."""
-    logits = hf(input_ids=s.token, attention_mask=s.mask, position_ids=s.position,
-                past_key_values=s.cache, use_cache=True).logits[:, -1].float()           # (b, V)
-    scores = logits if s.banned is None else logits.masked_fill(s.banned, -math.inf)
-    if s.temperature > 0:
-        # the token with the smallest Exponential(1) noise / p wins with probability p
-        scores = scores / s.temperature - s.noise.index_select(0, s.k)[0].log()
-    drawn = scores.argmax(-1, keepdim=True)                                              # (b, 1)
-    logprob = logits.log_softmax(-1).gather(1, drawn)                                    # (b, 1)
-    s.tokens.index_copy_(0, s.k, drawn.T)
-    s.logprobs.index_copy_(0, s.k, logprob.T)
-    s.live &= (drawn != s.stops).all(1)
-    s.token.copy_(drawn)
-    s.position += 1
-    s.k += 1
 
 
 def cuda_graph(step):
@@ -442,7 +441,7 @@ class Reward:
         mask = response_mask(rows, self.device)
         normalizer, S = calibrate(rewards, ends, mask, cfg.normalizer, self.how)
         fit = {name: round(value, 3) for name, value in normalizer.to_dict().items()}
-        say(f"calibrated on {len(rows)} responses of {source}: {fit}, S {S:.3g}")
+        say(f"calibrated on {source}, {len(rows)} responses: {fit}, S {S:.3g}")
         return normalizer, S if cfg.reward_scale == "total" else 1.0
 
 
@@ -525,12 +524,11 @@ def main(cfg):
 
     B = cfg.rollout_batch_size
     steps = cfg.max_steps or max(1, cfg.passes * len(prompts) // B)
-    minibatches = B // cfg.batch_size
-    updates = cfg.ppo_epochs * minibatches                   # in an iteration
-    prompt_order = shuffled(len(prompts), -(-steps * B // len(prompts)), cfg.seed, 0)
-    say(f"{steps} iterations x {B} responses on {ranks} x {device.type}: {cfg.ppo_epochs} epochs x "
-        f"{minibatches} minibatches x {cfg.batch_size} responses\n{reward.own} reward used as "
-        f"{reward.use}, cutoff {reward.cutoff}, {cfg.normalizer} normaliser, scale {scale:.3g}")
+    updates = cfg.ppo_epochs * B // cfg.batch_size           # in an iteration
+    prompt_order = shuffled(len(prompts), math.ceil(steps * B / len(prompts)), cfg.seed, 0)
+    say(f"{steps} iterations x {B} responses on {ranks} x {device.type}, in each {updates} updates "
+        f"x {cfg.batch_size} responses")
+    say(f"{reward.own} reward used as {reward.use}, cutoff {reward.cutoff}, scale {scale:.3g}")
 
     began = time.time()
     for step in range(first_step, steps):
@@ -574,16 +572,17 @@ def main(cfg):
                 mb = minibatch[micro]
                 batch = pad([rows[b] for b in mb], device)
                 R = int(lengths[mb].max())
-                mb_mask = mask[mb, :R]                                                   # (b, R)
+                mb_mask, mb_logprobs, mb_values, mb_advantages, mb_returns = [
+                    x[mb, :R] for x in (mask, logprobs, values, advantages, returns)]    # (b, R)
                 # FSDP averages gradients over the ranks: a response weighs ranks / batch_size
                 weight = ranks / cfg.batch_size
                 new_logprobs, _ = actor(*batch)                                          # (b, R)
-                policy_losses, ratio = policy_loss(new_logprobs, logprobs[mb, :R],
-                                                   advantages[mb, :R], mb_mask, cfg.clip)
+                policy_losses, ratio = policy_loss(new_logprobs, mb_logprobs, mb_advantages,
+                                                   mb_mask, cfg.clip)                    # (b,)
                 (policy_losses.sum() * weight).backward()
                 new_values = critic(*batch)                                              # (b, R)
-                value_losses = value_loss(new_values, values[mb, :R], returns[mb, :R], mb_mask,
-                                          cfg.value_clip)
+                value_losses = value_loss(new_values, mb_values, mb_returns, mb_mask,
+                                          cfg.value_clip)                                # (b,)
                 (value_losses.sum() * weight).backward()
                 away = (ratio.detach() - 1).abs() * mb_mask                              # (b, R)
                 clipped = mean_tokens((away > cfg.clip).float(), mb_mask)                # (b,)

@@ -47,7 +47,8 @@ def against_truth(reward_model, config):
     f1 = {}
     for cutoff in CUTOFFS:
         ends = segment_ends(entropy, mask, finished, cutoff, "segment")
-        f1[cutoff] = round(float(2 * (ends & clause_end).sum() / (ends.sum() + clause_end.sum())), 4)
+        agree = 2 * (ends & clause_end).sum() / (ends.sum() + clause_end.sum())
+        f1[cutoff] = round(float(agree), 4)
     correlation = np.corrcoef(scalars[clause_end].cpu(), worth[clause_end].cpu())[0, 1]
     by_value = {}                                        # quantiles of the scalars
     for value in worth[clause_end].unique().tolist():

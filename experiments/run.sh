@@ -11,7 +11,7 @@
 #
 #     RESULTS=/tmp/r.jsonl ONLY='^(rm-segment|segment-kl.03|oracle-.*)$' \
 #         RM_FLAGS='--max_steps 9' PPO_FLAGS='--max_steps 2' bash experiments/run.sh /tmp/out 1
-set -eu
+set -eu -o pipefail
 cd "$(dirname "$0")/.."
 export OUT=${1:-out/experiments} DRAWS=${2:-5} JOBS=${3:-2} OMP_NUM_THREADS=1
 export RESULTS=${RESULTS:-experiments/results.jsonl} ONLY=${ONLY:-.}
@@ -65,7 +65,7 @@ collect() { python experiments/collect.py "$@" "$RESULTS"; }
 world() {  # DRAW
     [ -e "$OUT/draw$1/world.json" ] ||
         python $JUDGE --out "$OUT/draw$1" --seed "$1" $WORLD_FLAGS > "$OUT/draw$1.log" 2>&1 ||
-        echo "failed: $OUT/draw$1.log"
+        { echo "failed: $OUT/draw$1.log"; exit 255; }        # 255: xargs, and so this script, stops
 }
 reward_model() {  # DRAW NAME SEED - flags...
     local w=$OUT/draw$1 draw=$1 name=$2 seed=$3
@@ -74,7 +74,7 @@ reward_model() {  # DRAW NAME SEED - flags...
           --eval_data "$w/pairs_test.jsonl" --out "$w/$name" --seed "$seed" --save_every 1000 \
           --resume true "$@" $RM_FLAGS &&
       collect "$w/$name" "$name" "$draw" "$seed" "$*"
-    } > "$w/$name.log" 2>&1 || echo "failed: $w/$name.log"
+    } > "$w/$name.log" 2>&1 || { echo "failed: $w/$name.log"; exit 255; }
 }
 policy() {  # DRAW NAME SEED REWARD_MODEL flags...
     local w=$OUT/draw$1 draw=$1 name=$2 seed=$3 model=$OUT/draw$1/$4/model

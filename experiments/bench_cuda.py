@@ -1,0 +1,110 @@
+"""The CUDA part of bench.py: how much of what a GPU can do do decoding and training reach?"""
+import gc
+import os
+import statistics
+import sys
+import time
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from bench_world import LLAMA_8B, WORLDS, make_world, our_ppo, our_rm  # noqa: E402
+from train_ppo import cuda_graph, generate  # noqa: E402
+
+
+def start_over():
+    """Free what earlier parts left, and measure the peak from here."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gb():
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+
+
+def seconds(function):
+    """The fastest of 5 calls, after one to warm up."""
+    times = []
+    for _ in range(6):
+        began = time.time()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.time() - began)
+    return min(times[1:])
+
+
+def rates(tiny):
+    """Bytes/s of a copy, read and write counted, and FLOP/s of a bf16 matrix product."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    n, d = (2 ** 24, 256) if tiny else (2 ** 31, 8192)
+    a, b = torch.zeros(2, n, dtype=torch.uint8, device=device)
+    x = torch.randn(d, d, device=device, dtype=torch.bfloat16)
+    return 2 * n / seconds(lambda: b.copy_(a)), 2 * d ** 3 / seconds(lambda: x @ x)
+
+
+def cuda_decode(shape, bandwidth, tiny):
+    """256 steps of 64 rows behind prompts of 512 tokens, step by step and replayed from a graph."""
+    rows, P, steps = (4, 16, 32) if tiny else (64, 512, 256)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.no_grad():
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16).eval()
+        banned = torch.arange(shape["vocab_size"]) == 1          # the stop token: no row ends
+    prompts, seeds = [np.arange(P) + 4] * rows, [(0, b) for b in range(rows)]
+    head = model.get_output_embeddings().weight
+    cache = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads \
+        * model.config.head_dim * rows * (P + 64 + steps / 2)                    # numbers
+    read = 2 * (sum(p.numel() for p in model.parameters()) - head.numel() + cache)       # bytes
+    ways = {"step by step": None}
+    if torch.cuda.is_available():
+        ways["replayed"] = cuda_graph
+    for way, record in ways.items():
+        taken = []
+        for R in (64, 64, 64 + steps):                   # the first one warms up
+            began = time.time()
+            generate(model, prompts, torch.tensor([1]), R, seeds, banned=banned,
+                               record=record)[0].sum().item()
+            taken.append(time.time() - began)
+        step = (taken[2] - taken[1]) / steps
+        print(f"  {way}: {rows / step:,.0f} tokens/s, {1000 * step:.1f} ms a step, "
+              f"{read / step / bandwidth:.0%} of the copy bandwidth", flush=True)
+
+
+def cuda_train(world, matmul):
+    """A reward model's step and a PPO iteration, by their scripts."""
+    make_world(world)
+    shape, work = WORLDS[os.path.basename(world)]
+    with torch.device("meta"):
+        sft = AutoModelForCausalLM.from_config(LlamaConfig(**shape))
+    head = sft.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for p in sft.parameters()) - 2 * head
+    start_over()
+    rate = statistics.median([row["tokens_per_second"] for row in our_rm(world)])
+    print(f"  reward model step: {rate:,.0f} real tokens/s, "
+          f"{rate * (8 * body + 2 * head) / matmul:.0%} of the matmul rate, "
+          f"{peak_gb():.1f} GB at most", flush=True)
+    start_over()
+    row = our_ppo(world, "auto")[-1]
+    tokens = row["response_tokens"] + work["rollouts"] * work["prompt"]
+    flop = 12 * body * tokens + 6 * head * row["response_tokens"]
+    print(f"  PPO iteration of {tokens:,} tokens: generate {row['time_generate']:.1f} s, score "
+          f"{row['time_score']:.1f} s, train {row['time_train']:.1f} s = "
+          f"{flop / row['time_train'] / matmul:.0%} of the matmul rate, {peak_gb():.1f} GB "
+          "at most", flush=True)
+
+
+def cuda(tiny, folder):
+    bandwidth, matmul = rates(tiny)
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"{name}: copies {bandwidth / 1e12:.3f} TB/s, bf16 matmul {matmul / 1e12:.3g} TFLOP/s")
+    small = "tiny" if tiny else "1B"
+    print(f"decoding, {small}:")
+    cuda_decode(WORLDS[small][0], bandwidth, tiny)
+    if not tiny:
+        print("decoding, 8B:")
+        cuda_decode(LLAMA_8B, bandwidth, tiny)
+    print(f"training, {small}:")
+    cuda_train(f"{folder}/{small}", matmul)
