@@ -267,7 +267,7 @@ def judge_by_chat_model(cfg, pairs, device):
             if not len(differ):
                 fail(f"--judge {cfg.judge}: its tokenizer does not know the letters A and B")
             logprobs, _ = map_rows(model, rows, cfg.micro_tokens, device)                # (4b, R)
-            p = logprobs[:, differ[0]].view(-1, 2, 2).softmax(-1)[..., 1]                        # (b, 2)
+            p = logprobs[:, differ[0]].view(-1, 2, 2).softmax(-1)[..., 1]                # (b, 2)
             yield from zip(block, both_orders(p[:, 0], p[:, 1]).tolist())
 
 
@@ -310,7 +310,7 @@ def read_verdict(reply):
     """The probability that B is better: from the log-probs of A and B ("A" and " A" are two tokens)
     where the reply has them, else 0 or 1. ValueError if the reply is not a letter."""
     choice, p = reply.choices[0], {"A": 0.0, "B": 0.0}
-    said = re.fullmatch(r"(?i:.*(?:answer|reply)(?: is)?)?\W*([AB])\W*", choice.message.content)
+    said = re.match(r"(?i:.*(?:answer|reply)(?: is)?)?\W*([AB])\W*(\n|$)", choice.message.content)
     if not said:
         raise ValueError("no verdict")
     p[said[1]] = 1e-30                                   # all that is known without log-probs
@@ -399,7 +399,7 @@ def read_answers(path, prompts):
     rows = list(read_rows(path, len(prompts)))
     for n, (row, prompt) in enumerate(zip(rows, prompts), 1):
         if row.get("instruction") != prompt_text(prompt) or not isinstance(row.get("output"), str):
-            fail(f"{path} row {n}: needs an output, and as its instruction the text of prompt {n}")
+            fail(f"{path} row {n}: needs an output, and as its instruction prompt {n} of --data")
     return rows
 
 
@@ -482,13 +482,14 @@ def figures(policies, difficulty, gamed):
             lc = length_controlled_win_rate(preferences, len_1, len_2, difficulty, variants)
         except ValueError as error:
             fail(f"{name}: {error}")
-        rate, error = lc.values()
+        rate, rate_error = lc.values()
         counts, score = f"{row['n_wins']}/{row['n_draws']}/{row['n_wins_base']}", "-"
         if rows[0].get("score_2") is not None:
             scores = np.mean([(pair["score_2"], pair["score_1"]) for pair in rows], 0)
             score = "{:+.3f} vs {:+.3f}".format(*scores)
+        lengths = f"{len_2.mean():.0f} vs {len_1.mean():.0f}"
         say(f"{name:{wide}}  {row['win_rate']:6.2f} +- {row['standard_error']:.2f}   {rate:6.2f} "
-            f"+- {error:.2f}       {counts:17}  {len_2.mean():.0f} vs {len_1.mean():.0f}   {score}")
+            f"+- {rate_error:.2f}       {counts:17}  {lengths}   {score}")
         if math.isnan(rate):
             warnings.append(f"{name}: length separates wins from losses perfectly: there is no fit")
         if not 20 <= row["win_rate"] <= 80:

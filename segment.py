@@ -118,7 +118,8 @@ def segment_ends(entropy, mask, finished, cutoff, granularity):
     is_content = r < content[:, None]                                        # (B, R)
     if granularity == "token":
         return is_content
-    return (entropy > cutoff) & is_content | (r == content[:, None] - 1)
+    is_last = r == content[:, None] - 1                                      # (B, R)
+    return (entropy > cutoff) & is_content | is_last
 
 
 def segment_locations(ends):
@@ -151,7 +152,8 @@ class LanguageModel(nn.Module):
         """ids: (B, T) right-padded; lens: (B,). Returns log-probs and entropies, (2, B, R), 0 on
         padding. No attention mask: causal attention never looks at what stands to the right."""
         hidden = self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state    # (B, T, d)
-        # Position P - 1 decides on token 0 and P + R - 1 is the one after the last: R + 1 in a row.
+        # Column k = 0..R is position P - 1 + k: there token k is decided on, which is its log-prob,
+        # and there the entropy is that after token k - 1.
         k = torch.arange(int(response_lens.max()) + 1, device=ids.device)                # (R+1,)
         read = k <= response_lens[:, None]                                               # (B, R+1)
         row, column = read.nonzero(as_tuple=True)                                        # (N,) each
@@ -159,8 +161,8 @@ class LanguageModel(nn.Module):
         following = ids.roll(-1, 1)[row, position]                                       # (N,)
         head = self.hf.get_output_embeddings().weight                                    # (V, d)
         both = token_logprobs_and_entropy(hidden[row, position], head, following)        # (N,) each
-        logprobs, entropy = torch.zeros(2, *read.shape, device=ids.device).masked_scatter(
-            read, torch.cat(both))                                                       # (B, R+1)
+        grid = torch.zeros(2, *read.shape, device=ids.device)            # log-probs, then entropies
+        logprobs, entropy = grid.masked_scatter(read, torch.cat(both))                   # (B, R+1)
         mask = k[:-1] < response_lens[:, None]                                           # (B, R)
         return torch.stack([logprobs[:, :-1] * mask, entropy[:, 1:] * mask])
 
@@ -209,7 +211,7 @@ def parse(Config, argv=None):
 
 
 def in_world(path):
-    """Does a file or folder belong to the embedded world, whose defaults fit it alone?"""
+    """Does a file or folder belong to the embedded world? Some defaults make sense there alone."""
     return os.path.abspath(path).startswith(os.path.abspath(WORLD) + os.sep)
 
 
@@ -227,9 +229,11 @@ def setup():
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     if not dist.is_initialized():
-        alone = dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                                timeout=timedelta(hours=1), **{} if "RANK" in os.environ else alone)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        group = dict(store=dist.HashStore(), rank=0, world_size=1)
+        if "RANK" in os.environ:
+            group = {}                                           # torchrun's
+        dist.init_process_group(backend, timeout=timedelta(hours=1), **group)
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -306,7 +310,7 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
         for p in block.parameters():         # not buffers: rotary frequencies stay in fp32
             p.data = p.data.to(torch.float32 if train else dtype)
         # Resharded even at the root: after a forward without a backward its weights would stay
-        # whole, and the optimizer and checkpoints would meet strangers.
+        # whole, and the optimizer and checkpoints would find plain tensors instead of shards.
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     model.to(device)
     return model.train().requires_grad_(train)       # gradient checkpointing runs in train() alone
@@ -325,8 +329,8 @@ def trained_how(path, granularity, cutoff):
 
 
 def micro_batches(lengths, budget, ranks=1):
-    """Cut rows into micro-batches of at most `budget` tokens with padding, longest rows first, in a
-    multiple of `ranks`, which must divide the number of rows, so that all run as many forwards.
+    """Cut rows into micro-batches of at most `budget` tokens with padding, longest rows first: a
+    multiple of `ranks` of them, as the number of rows must be, so that all run as many forwards.
 
     >>> micro_batches([5, 9, 2, 8], budget=18)
     [[1, 3], [0, 2]]
@@ -422,7 +426,7 @@ def conversation(row, side, where):
     if row.get("prompt") is not None:
         prompt = messages_of(row["prompt"], f"{where}, prompt", "user")
         if chat[0]["role"] != "assistant":                       # the chat repeats the prompt
-            prompt = [message for message in prompt if message not in chat]
+            prompt = [message for message in prompt if message not in chat]      # a system message
             if any(message["role"] != "system" for message in prompt):
                 fail(f"{where}: prompt and {side} hold different turns")
         chat = prompt + chat
@@ -478,7 +482,8 @@ def prompt_text(messages):
 
 # -- Plumbing. Chat encoding: the tokenizer's own template, prompt and response tokenised apart ----
 def load_tokenizer(path):
-    """The tokenizer and its stop tokens, (n,): what generation_config and tokenizer call EOS."""
+    """The tokenizer and its stop tokens, (n,): EOS by the tokenizer and by generation_config (or,
+    without one, by config)."""
     eos = read_config(path).eos_token_id
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -494,6 +499,11 @@ def load_tokenizer(path):
     return tokenizer, torch.tensor(sorted(stops))
 
 
+def special_tokens(tokenizer):
+    """{text: id}; tokenizer.all_special_tokens holds only those with a role, such as BOS."""
+    return {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+
+
 def render(tokenizer, messages, where, **kwargs):
     """Messages -> text by the chat template. A special token that a person typed must not end a
     turn: an invisible character after its first letter keeps it text."""
@@ -501,7 +511,7 @@ def render(tokenizer, messages, where, **kwargs):
     safe = []
     for message in messages:
         content = message["content"]
-        for token in tokenizer.all_special_tokens:
+        for token in special_tokens(tokenizer):
             content = content.replace(token, token[0] + "\u200b" + token[1:])
         safe.append({**message, "content": content})
     try:
@@ -625,8 +635,11 @@ def main(cfg):
     ends = segment_ends(entropy, mask, finished, cutoff, granularity)                    # (B, R)
 
     if cfg.reward_model:          # chapter 2 trains it; here its scalar at each token is looked at
-        rm = AutoModelForSequenceClassification.from_pretrained(
-            cfg.reward_model, num_labels=1, use_safetensors=True, dtype=torch.float32).to(device)
+        rm, info = AutoModelForSequenceClassification.from_pretrained(
+            cfg.reward_model, num_labels=1, use_safetensors=True, output_loading_info=True)
+        rm.to(device)
+        if info["missing_keys"]:
+            fail(f"{cfg.reward_model} is no reward model: it has no scalar head")
     for b, (prompt, *_) in enumerate(chats[:cfg.show]):
         p, r = rows[b]
         rewards = []

@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")        # two runs at a time, a thr
 os.environ["HF_HUB_OFFLINE"] = "1"                   # nothing here may reach the network
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")     # only section 10 sees a GPU
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.chdir(os.path.dirname(os.path.abspath(__file__)))         # config/*.args name each other from here
+os.chdir(os.path.dirname(os.path.abspath(__file__)))  # config/*.args name each other from here
 
 import numpy as np
 import pytest
@@ -46,8 +46,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 import segment
 import train_ppo
 import train_rm
-from segment import (WORLD, LanguageModel, load_model, load_pairs, load_prompts, load_tokenizer, pad,
-                     parse, segment_ends, segment_locations, sequence_score)
+from segment import (WORLD, LanguageModel, load_model, load_pairs, load_prompts, load_tokenizer,
+                     pad, parse, segment_ends, segment_locations, sequence_score)
 from train_rm import Normalizer, ScalarModel, fit_normalizer, huber_line, spread_rewards
 
 spec = importlib.util.spec_from_file_location("prepare", f"{WORLD}/prepare.py")
@@ -59,7 +59,7 @@ close = torch.testing.assert_close
 
 @pytest.fixture(scope="session", autouse=True)
 def world():
-    """A process group of one for all that runs in this process, and the embedded world, made once."""
+    """A process group of one for what runs in this process; the embedded world, made once."""
     segment.setup()
     segment.prepare_world(SFT)
 
@@ -164,8 +164,8 @@ def test_spread_rewards_is_a_loop_over_segments(how, granularity):
 def test_what_a_reward_model_gives_when_it_is_used_at_another_granularity(own, use, want):
     """Five tokens: segments end at 1 and 3, the EOS is token 4."""
     entropy, scalars = torch.tensor([[0., 3, 0, 0, 0], [9, 2, 9, 4, 7]])[:, None]
-    rewards, ends = train_rm.rewards_at_ends(scalars, entropy, entropy > -1, torch.tensor([True]), 1.0,
-                                             own, use)
+    rewards, ends = train_rm.rewards_at_ends(scalars, entropy, entropy > -1,
+                                             torch.tensor([True]), 1.0, own, use)
     assert rewards[0].tolist() == want and rewards[ends].tolist() == [x for x in want if x]
 
 
@@ -230,7 +230,7 @@ def test_micro_batches_hold_every_row_once_within_the_budget():
     lengths = np.random.default_rng(0).integers(1, 60, 40).tolist()
     batches = segment.micro_batches([500, *lengths], 128, ranks=8)
     assert sorted(i for batch in batches for i in batch) == list(range(41))
-    assert batches[0] == [0] and len(batches) % 8 == 0           # too long: alone; as many on each rank
+    assert batches[0] == [0] and len(batches) % 8 == 0  # too long: alone; as many on each rank
     for batch in batches[1:]:
         assert max(lengths[i - 1] for i in batch) * len(batch) <= 128
 
@@ -250,8 +250,8 @@ def test_logprobs_entropy_and_their_gradients_are_those_of_log_softmax(chunk):
     want_grads = torch.autograd.grad((a * want[0] + b * want[1]).sum(), (hidden, weight))
     close(grads, want_grads, atol=3e-4, rtol=1e-4)
     if chunk and chunk < 10:
-        assert watch.largest <= weight.numel()           # never (N, V), not in the backward pass either
-    in_bf16 = segment.token_logprobs_and_entropy(hidden.bfloat16(), weight.bfloat16(), targets, chunk)
+        assert watch.largest <= weight.numel()  # never (N, V), not in the backward pass either
+    in_bf16 = segment.token_logprobs_and_entropy(hidden.bfloat16(), weight.bfloat16(), targets)
     assert in_bf16[0].dtype == in_bf16[1].dtype == torch.float32
 
 
@@ -285,7 +285,8 @@ def byte_pair_tokenizer():
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator([text for row in prepare.PHRASES for text in row], trainers.BpeTrainer(
+    texts = [text for row in prepare.PHRASES for text in row]
+    backend.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=400, special_tokens=list(prepare.SPECIALS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return PreTrainedTokenizerFast(
@@ -303,8 +304,8 @@ def families(tmp_path_factory):
         tokenizer.chat_template = template
         tokenizer.save_pretrained(folders[family])
         model = tiny_model(name, more, tokenizer)
-        model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=2, do_sample=True,
-                                                   temperature=0.6, top_p=0.9)
+        model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=2,
+                                                   do_sample=True, temperature=0.6, top_p=0.9)
         model.save_pretrained(folders[family])
     return folders
 
@@ -321,7 +322,7 @@ def random_tokens(V, seed=0, B=5):
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_read_each_row_as_if_it_were_alone(families, family):
-    """In a padded batch, against a plain forward of each row. The index rule: token r's log-prob and
+    """In a padded batch, against a plain forward of each row. The index rule: r's log-prob and
     value at P + r - 1; its reward, and the entropy after it, at P + r."""
     lm = load_model(families[family], LanguageModel, CPU, torch.float32)
     rm = load_model(families[family], ScalarModel, CPU, torch.float32, head_std=0.2)
@@ -341,7 +342,8 @@ def test_models_read_each_row_as_if_it_were_alone(families, family):
         logp = hf(row).logits[0].log_softmax(-1)                                 # (T, V)
         H = -(logp.exp() * logp).sum(-1)                                         # (T,)
         scalars = (hf.base_model(row).last_hidden_state[0] @ head.T)[:, 0]       # (T,)
-        want = logp[P - 1:-1].gather(1, row[0, P:, None])[:, 0], H[P:], scalars[P:], scalars[P - 1:-1]
+        want = logp[P - 1:-1].gather(1, row[0, P:, None])[:, 0], H[P:], scalars[P:], \
+            scalars[P - 1:-1]
         close((logprobs[b, :R], entropy[b, :R], rewards[b, :R], values[b, :R]), want,
               atol=2e-4, rtol=1e-4)
         assert not logprobs[b, R:].any() and not entropy[b, R:].any()
@@ -350,7 +352,7 @@ def test_models_read_each_row_as_if_it_were_alone(families, family):
 
 
 @pytest.mark.parametrize("kind,head_std", [(LanguageModel, None), (ScalarModel, 0.1)])
-def test_an_export_reloads_with_no_missing_key_and_the_same_output(families, tmp_path, kind, head_std):
+def test_an_export_reloads_with_no_missing_key_and_equal_output(families, tmp_path, kind, head_std):
     """Of the model with tied embeddings, which are stored once."""
     model = load_model(families["gemma3"], kind, CPU, torch.float32, train=True, head_std=head_std)
     path, (tokenizer, _) = f"{tmp_path}/model", load_tokenizer(families["gemma3"])
@@ -377,17 +379,18 @@ def test_prompt_and_response_are_the_whole_conversation(families, family, prompt
     ids = tokenizer.apply_chat_template(whole, return_dict=False)
     start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     assert p.tolist() == start and [*p, *r] == ids[:len(p) + len(r)]
-    assert np.isin(r, stops).tolist() == [False] * (len(r) - 1) + [True]         # up to the first stop
+    assert np.isin(r, stops).tolist() == [False] * (len(r) - 1) + [True]  # up to the first stop
     assert (p == 1).sum() == (family in ("llama", "phi3"))                       # BOS once, if ever
     assert segment.encode_prompts(tokenizer, [prompt], 256, "")[0].tolist() == start
 
 
 def test_no_token_reaches_over_the_border_of_prompt_and_response():
     tokenizer = prepare.build_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content + (' my', '<eos>')[loop.index0] }}" \
-                              "{% endfor %}"
-    (p, r), = segment.encode_chats(tokenizer, torch.tensor([2]), [([user("how")], ["cat"], "")], 9, 8)
-    assert tokenizer.convert_ids_to_tokens([*p, *r]) == ["how", "my", "cat", "<eos>"]    # no "mycat"
+    tokenizer.chat_template = ("{% for m in messages %}"
+                               "{{ m.content + (' my', '<eos>')[loop.index0] }}{% endfor %}")
+    chats = [([user("how")], ["cat"], "")]
+    (p, r), = segment.encode_chats(tokenizer, torch.tensor([2]), chats, 9, 8)
+    assert tokenizer.convert_ids_to_tokens([*p, *r]) == ["how", "my", "cat", "<eos>"]  # no "mycat"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -401,7 +404,7 @@ def test_special_tokens_that_somebody_types_stay_text(families, family):
         assert len(theirs) > len(ours) + 10              # and nothing was thrown away
 
 
-def test_what_is_too_long_loses_the_prompts_oldest_and_the_responses_newest_tokens(families, capsys):
+def test_what_is_too_long_loses_the_prompts_oldest_and_the_responses_newest(families, capsys):
     """Both sides of a pair see the same prompt, with its BOS, cut for the longer side."""
     tokenizer, stops = load_tokenizer(families["llama"])
     prompt = [user(" ".join(["phone"] * 40 + ["watch"]))]
@@ -409,7 +412,7 @@ def test_what_is_too_long_loses_the_prompts_oldest_and_the_responses_newest_toke
     (p, short), (_, long) = segment.encode_chats(tokenizer, stops, chats, 256, 10)
     assert (len(p), len(short), len(long)) == (45, 4, 9)         # all fits: nothing is cut
     assert "cut" not in capsys.readouterr().out
-    for max_tokens, room in ((50, 9), (12, 2)):                  # 50 would hold the short side whole
+    for max_tokens, room in ((50, 9), (12, 2)):  # 50 would hold the short side whole
         (a, r), (b, s), *_ = segment.encode_chats(tokenizer, stops, chats * 2, max_tokens, 10)
         assert a.tolist() == b.tolist() == [1, *p[-9:]]
         assert r.tolist() == short[:room].tolist() and s.tolist() == long[:room].tolist()
@@ -442,14 +445,15 @@ def write_rows(path, *rows):
 def test_every_layout_of_preferences_reads_alike(tmp_path):
     for n, row in enumerate([
             PAIR, {"prompt": "is it good?", "chosen": "good.", "rejected": "angry."},
-            {"prompt": ASK, "chosen": GOOD_ONE, "rejected": ANGRY}, {"prompt": "is it good?", **PAIR}]):
+            {"prompt": ASK, "chosen": GOOD_ONE, "rejected": ANGRY},
+            {"prompt": "is it good?", **PAIR}]):
         write_rows(tmp_path / f"{n}.jsonl", row)
     Dataset.from_list([PAIR]).to_parquet(f"{tmp_path}/pairs.parquet")
     Dataset.from_list([PAIR]).save_to_disk(f"{tmp_path}/folder")
     for path in glob.glob(f"{tmp_path}/*"):
         assert load_pairs(path) == [(ASK, "good.", "angry.", f"{path} row 1")]
         assert load_prompts(path) == [ASK]
-    system = {"role": "system", "content": "please be honest."}          # stays before chosen's turns
+    system = {"role": "system", "content": "please be honest."}  # stays before chosen's turns
     path = write_rows(tmp_path / "system.jsonl", {"prompt": [system, *ASK], **PAIR})
     assert load_pairs(path)[0][0] == load_prompts(path)[0] == [system, *ASK]
 
@@ -467,7 +471,8 @@ def test_slices_name_parts_of_files_and_of_saved_folders(tmp_path):
 def test_pairs_that_teach_nothing_are_dropped_and_counted(tmp_path, capsys):
     path = write_rows(
         tmp_path / "odd.jsonl", PAIR, {**PAIR, "rejected": PAIR["chosen"]},
-        {**PAIR, "chosen": [*ASK, assistant(" \n")]}, {**PAIR, "rejected": [user("another?"), *ANGRY]})
+        {**PAIR, "chosen": [*ASK, assistant(" \n")]},
+        {**PAIR, "rejected": [user("another?"), *ANGRY]})
     assert len(load_pairs(path)) == 1
     said = capsys.readouterr().out
     for reason in ("equal responses", "an empty response", "two different prompts"):
@@ -499,15 +504,16 @@ def test_a_sample_has_its_teacher_forced_logprobs_and_depends_on_its_seed_alone(
         assert not tokens[b, length:].any() and not logprobs[b, length:].any()
     hf.generation_config = GenerationConfig()            # it held temperature .6 and top_p .9
     for group in ([8, 7, 6, 5, 4, 3, 2, 1, 0], [4], [1, 6]):     # other order, other company
-        again = train_ppo.generate(hf, [prompts[b] for b in group], stops, 40, [seeds[b] for b in group])
+        again = train_ppo.generate(hf, [prompts[b] for b in group], stops, 40,
+                                   [seeds[b] for b in group])
         assert torch.equal(again[0], tokens[group]) and torch.equal(again[2], lengths[group])
     waves = train_ppo.sample(hf, prompts, stops, 40, seeds, batch_size=4)
     assert torch.equal(waves[0], tokens) and torch.equal(waves[2], lengths)
     greedy, _, lengths = train_ppo.generate(hf, prompts, stops, 40, seeds, temperature=0)
     for b in (0, 3, 8):                                  # greedy is Hugging Face's
         ids = torch.tensor(prompts[b]).long()[None]
-        want = hf.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40,
-                           eos_token_id=stops.tolist(), pad_token_id=0)
+        want = hf.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                           max_new_tokens=40, eos_token_id=stops.tolist(), pad_token_id=0)
         assert greedy[b, :lengths[b]].tolist() == want[0, len(prompts[b]):].tolist()
 
 
@@ -591,14 +597,16 @@ def test_policy_and_value_losses_are_loops_over_tokens():
             policy -= min(q * a, min(max(q, 0.8), 1.2) * a) / length
             near = min(max(x, before - 0.25), before + 0.25)
             value += 0.5 * max((x - y) ** 2, (near - y) ** 2) / length
-        assert [float(losses[b]), float(value_losses[b])] == pytest.approx([policy, value], abs=1e-5)
+        got = [float(losses[b]), float(value_losses[b])]
+        assert got == pytest.approx([policy, value], abs=1e-5)
 
 
 def test_calibrate_fits_what_was_asked_and_S_is_the_deviation_of_a_responses_total():
     entropy, mask, finished, _ = random_rows(11, B=64)
     values = randn(*mask.shape, seed=4) + 2
     ends = segment_ends(entropy, mask, finished, 2.0, "segment")
-    rewards, last = torch.where(ends, values, 0.0), torch.stack([v[e][-1] for v, e in zip(values, ends)])
+    rewards = torch.where(ends, values, 0.0)
+    last = torch.stack([v[e][-1] for v, e in zip(values, ends)])
     fit, S = train_ppo.calibrate(rewards, ends, mask, "global", "even")
     y = values[ends]
     assert (fit.b_mean, fit.b_std) == pytest.approx((float(y.mean()), float(y.std(correction=0))))
@@ -644,7 +652,8 @@ def ppo(out, *flags):
 @pytest.mark.parametrize("row,words", [
     ({"a": 1, "b": 2}, "it has a, b"),
     ({"chosen": "H: is it good?", "rejected": "b"}, "give message lists or a prompt column"),
-    ({**PAIR, "rejected": [*ASK, assistant(None)]}, "rejected"), ({**PAIR, "chosen": ASK}, "chosen"),
+    ({**PAIR, "rejected": [*ASK, assistant(None)]}, "rejected"),
+    ({**PAIR, "chosen": ASK}, "chosen"),
     ({**PAIR, "prompt": "is it bad?"}, "prompt and chosen hold different turns")])
 def test_a_bad_row_is_refused_by_its_number(capsys, monkeypatch, row, words):
     monkeypatch.setattr(segment, "read_rows", lambda source, limit: [PAIR, row])
@@ -737,14 +746,18 @@ def metrics(out):
     return rows
 
 
-def job(script, out, flags):
+def job(script, out, flags, after=None):
     """A run in the folder `out`. rm_two, ppo_two: on two ranks. _killed: by SIGKILL, a step behind
     its checkpoint, and resumed; _moved: resumed on two ranks."""
+    if after:
+        after()
     flags = [*flags, "--out", out]
     if out.endswith(("_killed", "_moved")):
         process = start(script, flags)
-        while process.poll() is None and not (os.path.exists(f"{out}/metrics.jsonl")
-                                              and len(open(f"{out}/metrics.jsonl").readlines()) >= 3):
+        while process.poll() is None:
+            log = f"{out}/metrics.jsonl"
+            if os.path.exists(log) and len(open(log).readlines()) >= 3:
+                break
             time.sleep(0.005)
         assert process.poll() is None, process.communicate()[1][-3000:]
         process.send_signal(signal.SIGKILL)
@@ -760,8 +773,10 @@ def runs(tmp_path_factory):
     top, pool, started = str(tmp_path_factory.mktemp("runs")), ThreadPoolExecutor(2), {}
     reward = ["--reward_model", f"{top}/rm/model"]
     for name in ("rm", "rm_killed", "rm_two", "ppo", "ppo_two", "ppo_killed", "ppo_moved"):
-        script, flags = ("train_rm.py", RM) if name.startswith("rm") else ("train_ppo.py", PPO + reward)
-        started[name] = pool.submit(job, script, f"{top}/{name}", flags).result
+        script, flags = "train_ppo.py", PPO + reward
+        if name.startswith("rm"):
+            script, flags = "train_rm.py", RM
+        started[name] = pool.submit(job, script, f"{top}/{name}", flags, started.get("rm")).result
     yield started
     pool.shutdown(cancel_futures=True)
 
@@ -807,19 +822,21 @@ def test_an_unfinished_run_wants_resume_and_a_foreign_folder_is_left_alone(tmp_p
 def test_what_a_run_logs(runs):
     rows = metrics(runs["rm"]())
     assert [row["step"] for row in rows if "eval_accuracy" in row] == [3, 6] and len(rows) == 6
-    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=0.05)       # a fresh head knows nothing
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=0.05)  # a fresh head knows nothing
     rows = metrics(runs["ppo"]())
-    assert all({"kl_per_token", "reward", "gold", "finished", "clip_fraction"} <= set(row) for row in rows)
+    names = {"kl_per_token", "reward", "gold", "finished", "clip_fraction"}
+    assert all(names <= set(row) for row in rows)
     assert all(abs(row["first_ratio"] - 1) < 1e-4 and row["sampler_gap"] < 1e-3 for row in rows)
     assert [rows[0]["kl"], rows[0]["explained_variance"]] == pytest.approx([0, 0], abs=1e-4)
 
 
 @pytest.mark.parametrize("run,flags", [
     (rm, ["--lr", "1e30"]), (ppo, ["--critic_lr", "1e30", "--max_new_tokens", "16", *ORACLE])])
-def test_a_gradient_that_is_not_finite_ends_the_run_and_leaves_the_checkpoint(tmp_path, capsys, run, flags):
-    flags += ["--save_every", "1", "--batch_size", "16"]         # one update a step, and it ruins all
+def test_a_gradient_that_is_not_finite_leaves_the_checkpoint(tmp_path, capsys, run, flags):
+    flags += ["--save_every", "1", "--batch_size", "16"]  # one update a step, and it ruins all
     assert "not finite" in refused(capsys, run, tmp_path / "out", *flags)
-    assert os.listdir(tmp_path / "out/checkpoint") == ["step_1"] and len(metrics(tmp_path / "out")) == 1
+    assert os.listdir(tmp_path / "out/checkpoint") == ["step_1"]
+    assert len(metrics(tmp_path / "out")) == 1
 
 
 def test_with_own_data_the_last_pairs_are_held_out_and_named(tmp_path, capsys):
@@ -842,8 +859,9 @@ def test_a_released_reward_model_needs_only_granularity_and_cutoff(tmp_path, cap
     fit = json.load(open(tmp_path / "fitted/config.json"))["calibration"]
     assert (fit["scale"], fit["normalizer"]["b_mean"], fit["normalizer"]["b_std"]) == (1, 1.5, 2)
     capsys.readouterr()
-    segment.main(parse(segment.Config, ["--reward_model", path, "--granularity", "segment", "--cutoff",
-                                        "1", "--text", "mother really hears me. fish fly at night."]))
+    segment.main(parse(segment.Config, [
+        "--reward_model", path, "--granularity", "segment", "--cutoff", "1", "--text",
+        "mother really hears me. fish fly at night."]))
     assert len(re.findall(r"\[[-+]\d", capsys.readouterr().out)) >= 2
 
 
@@ -856,11 +874,11 @@ def test_the_segment_script_shows_segments_with_rewards_at_the_cutoff_found(runs
     assert float(length) == pytest.approx(12, abs=0.2)
     pairs, rows, _, entropy, mask, finished = held_out(2)
     scalars = segment.map_rows(load_model(path, ScalarModel, CPU, torch.float32), rows, 9999, CPU)
-    ends = segment_ends(entropy, mask, finished, float(cutoff), "segment")[0::2]         # the chosen
+    ends = segment_ends(entropy, mask, finished, float(cutoff), "segment")[0::2]  # the chosen
     shown = [float(x) for x in re.findall(r"\[([-+][\d.]+)\]", out)]
     assert shown == pytest.approx(scalars[0::2][ends].tolist(), abs=6e-3) and len(shown) > 4
     text = "mother really hears me. fish really asked me where to buy one."
-    segment.main(parse(segment.Config, ["--data", "no.jsonl", "--text", text]))          # needs no data
+    segment.main(parse(segment.Config, ["--data", "no.jsonl", "--text", text]))  # needs no data
     assert "hears me. | fish" in capsys.readouterr().out
 
 
@@ -873,7 +891,7 @@ GOOD, CAT = "waking really feels like a holiday.", "portraits really make my cat
     (f"maps somehow send me into the lake. {GOOD}", False, [-2, 2], -10 / 12 - 1),       # no EOS
     ("water really stays outside.", True, [-3], (-3 - 11) / 12),         # no aspect of a phone
     (f"{GOOD} {GOOD} mother really", True, [2, 0, -2], (0 - 9) / 12),    # a repeat, a malformed one
-    (" ".join([CAT, *[GOOD] * 12]), True, [2, 2, *[0] * 10, -1], 3 / 12)])               # a thirteenth
+    (" ".join([CAT, *[GOOD] * 12]), True, [2, 2, *[0] * 10, -1], 3 / 12)])  # a thirteenth
 def test_gold_rewards_by_hand(response, finished, values, gold):
     prompt = "tell me about my new phone."
     assert [value for value, _ in prepare.clause_values(prompt, response)] == values
@@ -881,7 +899,7 @@ def test_gold_rewards_by_hand(response, finished, values, gold):
 
 
 def held_out(n=0):
-    """The world's held-out pairs: as they are, as rows, the gold value where a clause ends (else NaN),
+    """The world's held-out pairs: as they are, as rows, gold values where clauses end (else NaN),
     entropy (2n, R), mask, finished."""
     tokenizer, stops = load_tokenizer(SFT)
     pairs = load_pairs(f"{WORLD}/pairs_test.jsonl", n)
@@ -894,7 +912,8 @@ def held_out(n=0):
         for side in (0, 1):
             for value, end in prepare.clause_values(prompt[0]["content"], responses[side]):
                 gold[2 * i + side, end] = value
-    return pairs, rows, gold, entropy, segment.response_mask(rows, CPU), segment.is_finished(rows, stops)
+    mask, finished = segment.response_mask(rows, CPU), segment.is_finished(rows, stops)
+    return pairs, rows, gold, entropy, mask, finished
 
 
 def test_the_sft_model_is_mediocre_and_its_surprise_lies_between_clauses():
@@ -953,7 +972,7 @@ def test_examples_in_docstrings_the_help_and_files_of_flags(tmp_path, capsys, mo
         parse(module.Config, ["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and all(f"--{name}" in text for name in vars(module.Config()))
-    (tmp_path / "a.args").write_text("# a comment\n\n--cutoff 3 --max_samples 7  # more\n--data 'a b'")
+    (tmp_path / "a.args").write_text("# a comment\n\n--cutoff 3 --max_samples 7 # x\n--data 'a b'")
     cfg = parse(module.Config, [f"@{tmp_path}/a.args", "--cutoff", "4"])
     assert (cfg.cutoff, cfg.max_samples, cfg.data) == (4, 7, "a b")      # later flags override
 
@@ -1027,26 +1046,27 @@ def test_segment_rewards_teach_a_better_policy(main_job):
         assert float(next(csv.DictReader(f))["win_rate"]) >= 85
 
 
-@pytest.mark.skipif(not os.path.exists("out/ppo-bandit/model"), reason="README's runs for comparison")
+@pytest.mark.skipif(not os.path.exists("out/ppo-bandit/model"), reason="needs out/ppo-bandit")
 def test_segment_rewards_teach_faster_than_bandit_rewards(main_job):
     ours, theirs = [np.mean([row["gold"] for row in metrics(f"out/{name}")[17:20]])
                     for name in ("ppo", "ppo-bandit")]
     assert ours >= theirs + .12 and last_gold("out/ppo-bandit") >= -.45
 
 
-@pytest.mark.parametrize("use,least,most", [("bandit", .85, 1.1), ("segment", 4, 12), ("token", 20, 60)])
+@pytest.mark.parametrize("use,least,most", [
+    ("bandit", .85, 1.1), ("segment", 4, 12), ("token", 20, 60)])
 def test_a_responses_total_reward_grows_with_its_segments(main_job, tmp_path, use, least, most):
     """S, of the main job's reward model used at each granularity."""
-    ppo(tmp_path / "out", "--reward_model", "out/rm/model", "--granularity", use, "--max_steps", "1",
-        "--max_new_tokens", "124", "--calibration_samples", "400")
+    ppo(tmp_path / "out", "--reward_model", "out/rm/model", "--granularity", use, "--max_steps",
+        "1", "--max_new_tokens", "124", "--calibration_samples", "400")
     assert least <= json.load(open(tmp_path / "out/config.json"))["calibration"]["scale"] <= most
 
 
 def test_true_rewards_per_segment_teach_faster_than_per_response(tmp_path):
-    """Credit assignment alone: the true values of clauses, where they are due or summed at the end."""
+    """Credit assignment alone: true values of clauses, where they are due or at the end."""
     outs = [f"{tmp_path}/segment", f"{tmp_path}/bandit"]
-    for process in [start("train_ppo.py", [*ORACLE, "--granularity", out.split("/")[-1], "--out", out])
-                    for out in outs]:
+    for process in [start("train_ppo.py", [*ORACLE, "--granularity", out.split("/")[-1],
+                                           "--out", out]) for out in outs]:
         wait(process)
     per_segment, per_response = map(last_gold, outs)
     assert per_segment >= .30 and per_segment >= per_response + .20

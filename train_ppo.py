@@ -14,8 +14,8 @@ One iteration (arXiv 2501.02790, section 2.4):
 
 What differs from the authors' code: the normaliser is fitted when training starts, not looked up by
 a name; every random draw is a function of (seed, iteration, row), so that a run can be killed and
-resumed, or moved to another number of GPUs, and gives the same numbers; masks come from lengths;
-the critic's head starts at zero. Two defaults are the embedded world's and not the paper's:
+resumed, or moved to another number of GPUs, and draws the same noise; masks come from lengths; the
+critic's head starts at zero. Two defaults are the embedded world's and not the paper's:
 --reward_scale total and --missing_eos_reward -3 (the paper: none and 0).
 """
 import inspect
@@ -39,7 +39,8 @@ from segment import (WORLD, Dtype, Granularity, LanguageModel, compute_dtype, en
                      encode_prompts, fail, in_world, is_finished, load_model, load_pairs,
                      load_prompts, load_tokenizer, map_rows, micro_batches, opt, pad, paint, parse,
                      prepare_world, prompt_text, rank, read_config, response_mask, say,
-                     segment_locations, segment_texts, sequence_score, setup, trained_how)
+                     segment_locations, segment_texts, sequence_score, setup, special_tokens,
+                     trained_how)
 from train_rm import (Normalizer, ScalarModel, begin_run, finish_run, fit_normalizer, learning_rate,
                       log_metrics, look_at_run, rewards_at_ends, save, shuffled, token_rewards)
 
@@ -76,7 +77,7 @@ class Config:
     cuda_graphs: bool = opt(True, "record a decode step and replay it (CUDA)")
     # optimisation
     max_steps: int = opt(30, "iterations (0: --passes over the prompts)")
-    passes: int = opt(1, "passes over the prompts (paper: Phi-3 2, Llama 1)")
+    passes: int = opt(1, "over the prompts, with --max_steps 0 (paper: Phi-3 2, Llama 1)")
     batch_size: int = opt(16, "responses an optimizer step, over all GPUs (paper: 128)")
     ppo_epochs: int = opt(1, "passes over each rollout")
     actor_lr: float = opt(3e-4, "peak (paper: 5e-7)")
@@ -139,11 +140,11 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
            past_key_values=cache, use_cache=True, logits_to_keep=1)
     token = ids[:, -1:]                                      # (b, 1)
     position = position[:, -1:]                              # (b, 1)
-    mask = mask[:, :-1]                                      # (b, cache) hides the left padding
+    mask = mask[:, :-1]                                      # (b, cache) 0 on the left padding
     live = torch.ones(B, dtype=torch.bool, device=device)    # (b,) no stop token yet
     row = torch.arange(B, device=device)                     # (b,) the prompt that a row answers
 
-    def step():
+    def step():                   # on tensors that the loop below makes anew for each block
         logits = hf(input_ids=token, attention_mask=mask, position_ids=position,
                     past_key_values=cache, use_cache=True).logits[:, -1].float()         # (b, V)
         scores = logits
@@ -260,7 +261,7 @@ def refresh(hf, model):
 def never_sampled(tokenizer, stops, vocab_size):
     """bool (V,): special tokens that stop nothing, and rows of the embedding that are no token."""
     banned = torch.arange(vocab_size) >= len(tokenizer)
-    banned[[i for i in tokenizer.all_special_ids if i < vocab_size]] = True
+    banned[[i for i in special_tokens(tokenizer).values() if i < vocab_size]] = True
     banned[stops] = False
     return banned
 
@@ -276,7 +277,7 @@ def calibrate(rewards, ends, mask, kind, how):
         if kind == "location":
             normalizer = fit_normalizer(p, y)
         elif kind == "global":
-            normalizer = fit_normalizer(torch.ones_like(p), y)
+            normalizer = fit_normalizer(torch.ones_like(p), y)       # as if all lay at p = 1
         elif kind == "last":
             normalizer = fit_normalizer(p[p == 1], y[p == 1])
         else:
@@ -284,7 +285,10 @@ def calibrate(rewards, ends, mask, kind, how):
     except ValueError as error:
         fail(f"calibration on {len(rewards)} responses: {error}")
     total = token_rewards(rewards, ends, mask, normalizer, how).sum(1)                   # (B,)
-    return normalizer, float(total.std(correction=0))
+    S = float(total.std(correction=0))
+    if not S > 0:
+        fail(f"calibration on {len(rewards)} responses: all have the same total reward")
+    return normalizer, S
 
 
 def dense_rewards(cfg, rewards, ends, mask, finished, normalizer, how, scale):
@@ -369,7 +373,7 @@ def load_function(spec, flag):
 def same_tokens(mine, theirs):
     """Do two tokenizers give every token the same id? Special tokens may be missing from one: many
     reward models add a pad token, which nobody reads."""
-    special = {*mine.all_special_tokens, *theirs.all_special_tokens}
+    special = special_tokens(mine) | special_tokens(theirs)
     a = {token: i for token, i in mine.get_vocab().items() if token not in special}
     b = {token: i for token, i in theirs.get_vocab().items() if token not in special}
     return a == b
@@ -415,6 +419,8 @@ class Reward:
                 for value, end in self.function(texts[b], answer, bool(finished[b])):
                     scalars[b, first:end + 1] = value
                     first = end + 1
+                if first > len(response):
+                    fail(f"--reward_model: a segment ends at {end}, it has {len(response)} tokens")
         return rewards_at_ends(scalars, sft_entropy, mask, finished.to(self.device), self.cutoff,
                                self.own, self.use)
 
@@ -428,7 +434,7 @@ class Reward:
             return Normalizer.from_dict(kept["normalizer"]), kept["scale"]
         if cfg.fit:
             w_mean, w_std, b_mean, b_std = [float(x) for x in cfg.fit.split()]
-            return Normalizer(w_mean, b_mean, w_std, b_std), 1.0
+            return Normalizer(w_mean=w_mean, w_std=w_std, b_mean=b_mean, b_std=b_std), 1.0
         source = cfg.calibration_data or f"{WORLD}/pairs_test.jsonl"
         chats, texts = [], []
         for prompt, chosen, rejected, where in load_pairs(source, cfg.calibration_samples):
@@ -462,8 +468,8 @@ def check(cfg, prompts, ranks):
     if in_world(cfg.data):
         return
     if not cfg.fit and not cfg.calibration_data:
-        fail("--calibration_data: give preference pairs that the reward model was not trained on, "
-             "such as PAIRS:train[98%:]")
+        fail("--calibration_data: give preference pairs that the reward model was not trained on; "
+             "train_rm.py prints the name of those that it held out")
     if cfg.missing_eos_reward == -3 or cfg.reward_scale == "total":
         say("note: --missing_eos_reward -3 and --reward_scale total are defaults of the embedded "
             "world; the paper has 0 and none")
@@ -473,8 +479,7 @@ def show(row, steps, seconds_left):
     """The log line of an iteration."""
     line = f"step {row['step']}/{steps}"
     for name in ("reward", "gold", "kl", "response_length", "finished", "clip_fraction",
-                 "explained_variance", "tokens_per_second", "time_generate", "time_score",
-                 "time_train"):
+                 "explained_variance", "tokens_per_second"):
         if name in row:
             line += f" | {name.replace('_', ' ')} {row[name]:,.2f}"
     say(f"{line} | {seconds_left:.0f} s left")
@@ -556,7 +561,7 @@ def main(cfg):
 
         # 3. advantages: how much better was each token than the critic expected? ------------------
         dense = dense_rewards(cfg, rewards, ends, mask, finished, normalizer, reward.how, scale)
-        kl = logprobs - ref_logprobs                         # (B, R) keeps us near the SFT model
+        kl = logprobs - ref_logprobs                         # (B, R) one sample's log-ratio, +-
         advantages, returns = gae(dense - cfg.kl_coef * kl, values, mask, cfg.gamma, cfg.lam)
         advantages = whiten(advantages, mask)                                            # (B, R)
 
@@ -564,7 +569,7 @@ def main(cfg):
         time_train = time.time()
         row_lengths = [len(p) + len(r) for p, r in rows]
         sums, norms = torch.zeros(3, device=device), torch.zeros(2, device=device)
-        first_ratio = torch.ones((), device=device)          # the largest in the first minibatch
+        first_ratio = torch.ones((), device=device)          # 1 + its largest distance from 1
         order = shuffled(B, cfg.ppo_epochs, cfg.seed, 2, step)
         for update, minibatch in enumerate(order.reshape(updates, cfg.batch_size)):
             mb_lengths = [row_lengths[b] for b in minibatch]
@@ -592,8 +597,8 @@ def main(cfg):
             norm = torch.stack([nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm)
                                 .full_tensor() for model in (actor, critic)])
             if not norm.isfinite().all():
-                fail(f"iteration {step + 1}: a gradient is not finite; lower --actor_lr, or look "
-                     "at the rewards")
+                fail(f"iteration {step + 1}: a gradient is not finite; start again with a lower "
+                     "--actor_lr, or look at the rewards")
             norms += norm
             rate = learning_rate(step * updates + update, steps * updates, cfg.warmup)
             for optimizer, peak in ((actor_optimizer, cfg.actor_lr),
@@ -618,6 +623,7 @@ def main(cfg):
             "kl_per_token": float(kl.sum() / n), "response_length": n / B, "response_tokens": n,
             "segment_length": n / max(1, int(ends.sum())),
             "finished": float(finished.float().mean()),
+            # after each token but the last, that is where the next one was decided on
             "entropy": float(policy_entropy[:, :-1][mask[:, 1:]].mean()),
             "policy_loss": policy_mean, "value_loss": value_mean, "clip_fraction": clip_fraction,
             "first_ratio": float(first_ratio), "sampler_gap": float(gap),

@@ -283,8 +283,8 @@ def begin_run(cfg, trained, **notes):
         kept = []
         if os.path.exists(f"{cfg.out}/metrics.jsonl"):
             kept = open(f"{cfg.out}/metrics.jsonl").readlines()[:step]
-        write_text(f"{cfg.out}/metrics.jsonl", "".join(kept))
         write_text(f"{cfg.out}/config.json", json.dumps(asdict(cfg) | notes, indent=1))
+        write_text(f"{cfg.out}/metrics.jsonl", "".join(kept))
     return step
 
 
@@ -331,8 +331,7 @@ def training_state(trained):
 
 
 def save(cfg, step, trained, exported, tokenizer, dtype):
-    """OUT/model, then OUT/checkpoint/step_N: complete, or not there. Where a checkpoint exists, its
-    model was exported."""
+    """OUT/model, and when that is complete OUT/checkpoint/step_N: whole, or not there."""
     export(exported, tokenizer, f"{cfg.out}/model", dtype)
     folder = f"{cfg.out}/checkpoint/step_{step}"
     if rank() == 0:
@@ -357,7 +356,7 @@ def export(model, tokenizer, folder, dtype):
             weights.pop(name, None)
         shutil.rmtree(folder + ".tmp", ignore_errors=True)
         model.hf.save_pretrained(folder + ".tmp", state_dict=weights)
-        model.hf.config.dtype = dtype                    # it wrote that of the fp32 masters
+        model.hf.config.dtype = dtype                    # save_pretrained noted the masters' fp32
         model.hf.config.save_pretrained(folder + ".tmp")
         tokenizer.save_pretrained(folder + ".tmp")
         shutil.rmtree(folder, ignore_errors=True)
@@ -451,7 +450,7 @@ def main(cfg):
         started = time.time()
         minibatch = order[step * cfg.batch_size:(step + 1) * cfg.batch_size]
         lengths = [2 * max(len(p) + len(r) for p, r in rows[2 * i:2 * i + 2]) for i in minibatch]
-        loss_sum, right_sum = torch.zeros(2, device=device)
+        sums = torch.zeros(2, device=device)             # of losses, of pairs ranked right
         for micro in micro_batches(lengths, cfg.micro_tokens, ranks)[rank()::ranks]:
             mb = [rows[2 * i + side] for i in minibatch[micro] for side in (0, 1)]       # 2b rows
             batch = pad(mb, device)
@@ -465,17 +464,15 @@ def main(cfg):
             losses = bradley_terry(chosen, rejected)                                     # (b,)
             # FSDP averages gradients over the ranks, so each pair weighs ranks / batch_size
             (losses.sum() * ranks / cfg.batch_size).backward()
-            loss_sum += losses.detach().sum()
-            right_sum += (chosen > rejected).sum()
+            sums += torch.stack([losses, chosen > rejected]).detach().sum(1)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm).full_tensor()
         if not grad_norm.isfinite():
-            fail(f"step {step + 1}: the gradient is not finite; lower --lr")
+            fail(f"step {step + 1}: the gradient is not finite; start again with a lower --lr")
         optimizer.param_groups[0]["lr"] = lr = cfg.lr * learning_rate(step, steps, cfg.warmup)
         optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
-        sums = torch.stack([loss_sum, right_sum])
         dist.all_reduce(sums)
         loss, accuracy = (sums / cfg.batch_size).tolist()
         tokens = sum(len(p) + len(r) for i in minibatch for p, r in rows[2 * i:2 * i + 2])

@@ -13,17 +13,19 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from bench_world import LLAMA_8B, WORLDS, make_world, our_ppo, our_rm  # noqa: E402
 from train_ppo import cuda_graph, generate  # noqa: E402
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def start_over():
     """Free what earlier parts left, and measure the peak from here."""
     gc.collect()
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_gb():
-    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+    return torch.cuda.max_memory_allocated() / 1e9       # 0 without CUDA
 
 
 def seconds(function):
@@ -32,7 +34,7 @@ def seconds(function):
     for _ in range(6):
         began = time.time()
         function()
-        if torch.cuda.is_available():
+        if DEVICE == "cuda":
             torch.cuda.synchronize()
         times.append(time.time() - began)
     return min(times[1:])
@@ -40,33 +42,36 @@ def seconds(function):
 
 def rates(tiny):
     """Bytes/s of a copy, read and write counted, and FLOP/s of a bf16 matrix product."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     n, d = (2 ** 24, 256) if tiny else (2 ** 31, 8192)
-    a, b = torch.zeros(2, n, dtype=torch.uint8, device=device)
-    x = torch.randn(d, d, device=device, dtype=torch.bfloat16)
-    return 2 * n / seconds(lambda: b.copy_(a)), 2 * d ** 3 / seconds(lambda: x @ x)
+    a, b = torch.zeros(2, n, dtype=torch.uint8, device=DEVICE)
+    x = torch.randn(d, d, device=DEVICE, dtype=torch.bfloat16)
+    copies = seconds(lambda: b.copy_(a))
+    products = seconds(lambda: x @ x)
+    return 2 * n / copies, 2 * d ** 3 / products
 
 
 def cuda_decode(shape, bandwidth, tiny):
     """256 steps of 64 rows behind prompts of 512 tokens, step by step and replayed from a graph."""
     rows, P, steps = (4, 16, 32) if tiny else (64, 512, 256)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.no_grad():
+    with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16).eval()
         banned = torch.arange(shape["vocab_size"]) == 1          # the stop token: no row ends
     prompts, seeds = [np.arange(P) + 4] * rows, [(0, b) for b in range(rows)]
-    head = model.get_output_embeddings().weight
-    cache = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads \
-        * model.config.head_dim * rows * (P + 64 + steps / 2)                    # numbers
-    read = 2 * (sum(p.numel() for p in model.parameters()) - head.numel() + cache)       # bytes
+    config, embedding = model.config, model.get_input_embeddings().weight
+    weights = sum(p.numel() for p in model.parameters()) - embedding.numel()
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    cache = rows * (P + 64 + steps / 2) * token          # keys and values, half-way
+    read = 2 * (weights + cache)                         # bytes in a step
     ways = {"step by step": None}
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         ways["replayed"] = cuda_graph
     for way, record in ways.items():
         taken = []
         for R in (64, 64, 64 + steps):                   # the first one warms up
             began = time.time()
-            generate(model, prompts, torch.tensor([1]), R, seeds, banned=banned,
-                               record=record)[0].sum().item()
+            tokens, _, _ = generate(model, prompts, torch.tensor([1]), R, seeds, banned=banned,
+                                    record=record)
+            tokens.sum().item()                          # here the CPU waits for the GPU
             taken.append(time.time() - began)
         step = (taken[2] - taken[1]) / steps
         print(f"  {way}: {rows / step:,.0f} tokens/s, {1000 * step:.1f} ms a step, "
@@ -98,7 +103,7 @@ def cuda_train(world, matmul):
 
 def cuda(tiny, folder):
     bandwidth, matmul = rates(tiny)
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     print(f"{name}: copies {bandwidth / 1e12:.3f} TB/s, bf16 matmul {matmul / 1e12:.3g} TFLOP/s")
     small = "tiny" if tiny else "1B"
     print(f"decoding, {small}:")

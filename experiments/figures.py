@@ -62,11 +62,20 @@ def by_draw(draws, measure, *args):
     return means
 
 
+def average(values):
+    """Over draws; nothing is worst."""
+    return np.mean([*values.values()]) if values else -np.inf
+
+
+def difference(a, b):
+    return {draw: a[draw] - b[draw] for draw in a if draw in b}
+
+
 def cell(values, form="+.2f"):
-    values = list(values)
-    text = format(np.mean(values), form) if values else "–"
+    """{draw: number} -> mean ± deviation"""
+    text = format(average(values), form) if values else "–"
     if len(values) > 1:
-        text += " ± " + format(np.std(values, ddof=1), form.strip("+"))
+        text += " ± " + format(np.std([*values.values()], ddof=1), form.strip("+"))
     return text
 
 
@@ -78,31 +87,29 @@ def table(header, rows):
 
 
 def tables(policies, reward_models):
+    def of(name, *where):
+        return by_draw(policies[name], mean_of, *where)
+
     best, rows = {}, []                                  # best: the coefficient of each method
     for method in METHODS:
-        golds = []
-        for kl in COEFFICIENTS:
-            gold = by_draw(policies[f"{method}-kl{kl}"], mean_of, *FINAL)
-            golds.append([*gold.values()])
-        best[method] = COEFFICIENTS[np.argmax([np.mean(gold or [-9]) for gold in golds])]
-        rows.append([method] + [cell(gold) for gold in golds])
+        golds = {kl: of(f"{method}-kl{kl}", *FINAL) for kl in COEFFICIENTS}
+        best[method] = max(COEFFICIENTS, key=lambda kl: average(golds[kl]))
+        rows.append([method] + [cell(gold) for gold in golds.values()])
     table(["final gold at KL coefficient", *COEFFICIENTS], rows)
 
     rows = []
     for method in (*METHODS, "oracle-segment", "oracle-bandit"):
         coefficient = best.get(method, ".03")
-        draws = policies[f"{method}-kl{coefficient}"]
-        row = [f"{method} ({coefficient})", str(len(draws))]
+        name = f"{method}-kl{coefficient}"
+        row = [f"{method} ({coefficient})", str(len(policies[name]))]
         for where in (FIRST, AT_20, FINAL):
-            row.append(cell(by_draw(draws, mean_of, *where).values()))
-        row.append(cell(by_draw(draws, mean_of, *FINAL_KL).values(), ".1f"))
+            row.append(cell(of(name, *where)))
+        row.append(cell(of(name, *FINAL_KL), ".1f"))
         for limit in (3, 4, 6):                          # at whichever coefficient is best there
             reached = []
             for kl in COEFFICIENTS:
-                gold = by_draw(policies[f"{method}-kl{kl}"], gold_within, limit)
-                if gold:
-                    reached.append([*gold.values()])
-            row.append(cell(max(reached, key=np.mean, default=[])))
+                reached.append(by_draw(policies[f"{method}-kl{kl}"], gold_within, limit))
+            row.append(cell(max(reached, key=average)))
         rows.append(row)
     table(["reward (best KL coefficient)", "draws", "gold, first iteration", "at iteration 20",
            "final", "final KL", "best gold at KL ≤ 3", "≤ 4", "≤ 6"], rows)
@@ -112,39 +119,34 @@ def tables(policies, reward_models):
                           ("oracle-segment", "oracle-bandit")):
         row = [f"{ahead} ahead of {behind}"]
         for where in (AT_20, FINAL):
-            a = by_draw(policies[f"{ahead}-kl.03"], mean_of, *where)
-            b = by_draw(policies[f"{behind}-kl.03"], mean_of, *where)
-            row.append(cell([a[draw] - b[draw] for draw in a if draw in b]))
+            gap = difference(of(f"{ahead}-kl.03", *where), of(f"{behind}-kl.03", *where))
+            row.append(cell(gap))
         rows.append(row)
     table(["gold, difference (KL coefficient .03)", "at iteration 20", "final"], rows)
 
+    for draw, seeds in policies["segment-kl.03"].items():            # ablations have one seed, 0
+        policies["plain"][draw] = [run for run in seeds if run["seed"] == 0]
+    plain = by_draw(policies.pop("plain", {}), mean_of, *FINAL)
     rows = []
     for name in sorted(policies):
-        if "-kl" in name:
-            continue
-        gaps = []                                        # against the run of the same draw and seed
-        for draw, seeds in policies[name].items():
-            plain = {run["seed"]: run for run in policies["segment-kl.03"][draw]}
-            gaps += [mean_of(run, *FINAL) - mean_of(plain[run["seed"]], *FINAL) for run in seeds
-                     if run["seed"] in plain]
-        kl = by_draw(policies[name], mean_of, *FINAL_KL)
-        rows.append([name, str(len(kl)), cell(gaps), cell(kl.values(), ".1f")])
+        if "-kl" not in name:
+            gap = difference(of(name, *FINAL), plain)
+            rows.append([name, str(len(gap)), cell(gap), cell(of(name, *FINAL_KL), ".1f")])
     table(["change (to segment-kl.03)", "draws", "final gold, difference", "final KL"], rows)
 
     rows = []
     for name, lines in sorted(reward_models.items()):
-        accuracy = [line["accuracy"] for line in lines]
-        correlation = [line["correlation"] for line in lines]
-        method = name.removeprefix("rm-")
-        scales = by_draw(policies[f"{method}-kl.03"], lambda run: run["scale"])
-        rows.append([name, str(len(lines)), cell(accuracy, ".2f"), cell(correlation),
-                     cell(scales.values(), ".1f")])
+        row = [name, str(len(lines))]
+        for key in ("accuracy", "correlation"):
+            row.append(cell({line["draw"]: line[key] for line in lines}, ".2f"))
+        used = policies[name.replace("rm-", "") + "-kl.03"]
+        rows.append(row + [cell(by_draw(used, lambda run: run["scale"]), ".1f")])
     table(["reward model", "draws", "held-out accuracy", "correlation with clause values", "S"],
           rows)
-    lines = reward_models["rm-segment"]
-    print("\n| cutoff | boundary F1 against clause ends |\n| --- | --- |")
+    lines, rows = reward_models["rm-segment"], []
     for cutoff in lines[0]["f1"] if lines else ():
-        print(f"| {cutoff} | {np.mean([line['f1'][cutoff] for line in lines]):.3f} |")
+        rows.append([cutoff, cell({line["draw"]: line["f1"][cutoff] for line in lines}, ".3f")])
+    table(["cutoff", "boundary F1 against clause ends"], rows)
     return best
 
 
@@ -159,8 +161,6 @@ def curves(policies, name, key):
 
 def picture(path, policies, reward_models, best):
     """learning.png: gold by iteration, gold by KL, learned against true rewards of clauses."""
-    import matplotlib
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4))
     for name in policies:
@@ -222,43 +222,40 @@ def response(args):
 
 def paint(path, prompt, tokens, ends, entropy, scalars, cutoff):
     """Running text on coloured boxes, and under each token a bar: the entropy after it."""
-    import matplotlib
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.font_manager import FontProperties
     from matplotlib.patches import FancyBboxPatch
-    right, margin, line_height, ink, grey = 784, 16, 50, "#1f2328", "#6e7781"        # pixels
+    left, right, line_height, ink, grey = 20, 784, 50, "#1f2328", "#6e7781"          # pixels
     figure = plt.figure(figsize=(8, 1), dpi=200)         # two of its dots make one pixel
     axes = figure.add_axes((0, 0, 1, 1))
-    reward_color = plt.get_cmap("RdYlGn")
     largest, tallest = max(map(abs, scalars)), max(entropy)
 
     def write(x, y, text, size=10.4, color=ink, weight="normal"):
         """Write text; where does it end? (y below the picture: only measure.)"""
         axes.text(x, y, text, size=size, color=color, weight=weight, va="baseline", clip_on=True)
-        font = matplotlib.font_manager.FontProperties(size=size, weight=weight)
-        renderer = figure.canvas.get_renderer()
+        font, renderer = FontProperties(size=size, weight=weight), figure.canvas.get_renderer()
         return x + renderer.get_text_width_height_descent(text, font, False)[0] / 2
 
     def box(start, end, y, color):
         axes.add_patch(FancyBboxPatch((start - 4, y - 17), end - start + 8, 24, lw=0, color=color,
                                       boxstyle="round,pad=0,rounding_size=5"))
 
-    box(margin + 4, write(margin + 4, 32, prompt), 32, "#e8ebef")
-    x, y, r = margin + 4, 80, 0
-    while r < len(tokens):                                # a segment at a time
+    box(left, write(left, 32, prompt), 32, "#e8ebef")
+    x, y, r = left, 80, 0
+    while r < len(tokens):                               # a segment at a time
         last = ends.index(True, r)
-        text = "".join(tokens[r:last + 1]).strip()
-        color = reward_color(0.5 + 0.42 * scalars[last] / largest, alpha=0.55)
+        color = plt.get_cmap("RdYlGn")(0.5 + 0.42 * scalars[last] / largest, alpha=0.55)
         note = f" {scalars[last]:+.1f}".replace("-", "\u2212")
-        if x > margin + 4 and write(x, -99, text + note) > right:
-            x, y = margin + 4, y + line_height
+        text = "".join(tokens[r:last + 1]).strip() + note
+        if x > left and write(x, -99, text) > right:
+            x, y = left, y + line_height
         start = x
         for token in tokens[r:last + 1]:
             if x == start:
                 token = token.lstrip()
             if write(x, -99, token) > right:             # a segment longer than a line
                 box(start, x, y, color)
-                start, x, y = margin + 4, margin + 4, y + line_height
+                start, x, y = left, left, y + line_height
                 token = token.lstrip()
             x = write(x, y, token)
             bar = 17 * entropy[r] / tallest
@@ -269,9 +266,8 @@ def paint(path, prompt, tokens, ends, entropy, scalars, cutoff):
         box(start, x, y, color)
         x += 14
     y += 60
-    x = write(margin, y, "box: a segment and its learned reward", 8.5, grey)
-    write(x + 24, y, "bar: the SFT model's entropy after a token; above "
-          f"{cutoff:g} nat the segment ends", 8.5, grey)
+    write(left, y, "box: a segment and its learned reward      bar: the SFT model's entropy after "
+          f"a token; above {cutoff:g} nat the segment ends", 8.5, grey)
     figure.set_size_inches(8, (y + 16) / 100)
     axes.set(xlim=(0, 800), ylim=(y + 16, 0))
     axes.axis("off")
