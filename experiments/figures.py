@@ -1,7 +1,7 @@
 """Tables and pictures of the experiment, from experiments/results.jsonl alone (needs matplotlib).
 
     python experiments/figures.py                        # prints the tables, draws learning.png
-    python experiments/figures.py response assets/segments.png      # the README's first picture
+    python experiments/figures.py response [OUT.png]     # the README's first picture
 
 In the tables "final" is the mean over the last 5 iterations, and ± is the standard deviation over
 draws of the mean over PPO seeds. Any part of the experiment that has not been run is left out.
@@ -280,7 +280,7 @@ def main():
     parser.add_argument("--results", default=f"{HERE}/results.jsonl")
     commands = parser.add_subparsers(dest="command")
     one = commands.add_parser("response", help="draw one response")
-    one.add_argument("picture")
+    one.add_argument("picture", nargs="?", default=f"{ROOT}/assets/segments.png")
     one.add_argument("--model", default=f"{ROOT}/data/reviews/sft")
     one.add_argument("--reward_model", default=f"{ROOT}/out/rm/model")
     one.add_argument("--data", default=f"{ROOT}/data/reviews/pairs_test.jsonl")
