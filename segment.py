@@ -29,7 +29,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Literal, Optional
 
 import numpy as np
@@ -389,16 +389,20 @@ def read_rows(source, limit=0):
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     name, _, split = source.partition(":")
+    split = split or "train"
+    part = split.partition("[")[0]
+    folder = f"{name}/{part}" if os.path.exists(f"{name}/dataset_dict.json") else name
     if not os.path.exists(name) and re.search(r"^[./~]|\.(jsonl?|parquet)(\.gz)?$", name):
         fail(f"{name}: no such file")
     try:
         if os.path.isfile(name):
             kind = "parquet" if name.endswith(".parquet") else "json"
-            data = datasets.load_dataset(kind, data_files=name, split=split or "train")
-        elif os.path.exists(f"{name}/state.json") or os.path.exists(f"{name}/dataset_dict.json"):
-            data = datasets.load_dataset("arrow", data_dir=name, split=split or "train")
+            data = datasets.load_dataset(kind, data_files=name, split=split)
+        elif os.path.exists(f"{folder}/state.json"):             # saved by save_to_disk
+            files = {part: f"{folder}/*.arrow"}
+            data = datasets.load_dataset("arrow", data_files=files, split=split)
         else:
-            data = datasets.load_dataset(name, split=split or "train")
+            data = datasets.load_dataset(name, split=split)
     except Exception as error:
         fail(f"{source}: cannot be read as a data set ({error.__cause__ or error})")
     if not len(data):
@@ -507,7 +511,8 @@ def special_tokens(tokenizer):
 def render(tokenizer, messages, where, **kwargs):
     """Messages -> text by the chat template. A special token that a person typed must not end a
     turn: an invisible character after its first letter keeps it text."""
-    day = datetime(2024, 7, 26)              # some templates print a date: never today's
+    # some templates print the date, and tokens must not change overnight
+    day = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
     safe = []
     for message in messages:
         content = message["content"]
@@ -515,8 +520,8 @@ def render(tokenizer, messages, where, **kwargs):
             content = content.replace(token, token[0] + "\u200b" + token[1:])
         safe.append({**message, "content": content})
     try:
-        return tokenizer.apply_chat_template(safe, tokenize=False, strftime_now=day.strftime,
-                                             **kwargs)
+        return tokenizer.apply_chat_template(
+            safe, chat_template=day + tokenizer.get_chat_template(), tokenize=False, **kwargs)
     except Exception as error:
         fail(f"{where}: the chat template refuses it ({error})")
 

@@ -416,11 +416,14 @@ class Reward:
             for b, (_, response) in enumerate(rows):
                 first = 0
                 answer = self.tokenizer.decode(response, skip_special_tokens=True)
-                for value, end in self.function(texts[b], answer, bool(finished[b])):
+                segments = self.function(texts[b], answer, bool(finished[b]))
+                for value, end in segments:
                     scalars[b, first:end + 1] = value
                     first = end + 1
                 if first > len(response):
-                    fail(f"--reward_model: a segment ends at {end}, it has {len(response)} tokens")
+                    fail(f"--reward_model: a segment ends at {end} of {len(response)} tokens")
+                if self.use == "bandit":
+                    scalars[b] = float(np.mean([value for value, _ in segments]))
         return rewards_at_ends(scalars, sft_entropy, mask, finished.to(self.device), self.cutoff,
                                self.own, self.use)
 

@@ -42,7 +42,9 @@ def seconds(function):
 
 def rates(tiny):
     """Bytes/s of a copy, read and write counted, and FLOP/s of a bf16 matrix product."""
-    n, d = (2 ** 24, 256) if tiny else (2 ** 31, 8192)
+    n, d = 2 ** 31, 8192
+    if tiny:
+        n, d = 2 ** 24, 256
     a, b = torch.zeros(2, n, dtype=torch.uint8, device=DEVICE)
     x = torch.randn(d, d, device=DEVICE, dtype=torch.bfloat16)
     copies = seconds(lambda: b.copy_(a))
@@ -52,11 +54,14 @@ def rates(tiny):
 
 def cuda_decode(shape, bandwidth, tiny):
     """256 steps of 64 rows behind prompts of 512 tokens, step by step and replayed from a graph."""
-    rows, P, steps = (4, 16, 32) if tiny else (64, 512, 256)
+    rows, P, steps = 64, 512, 256
+    if tiny:
+        rows, P, steps = 4, 16, 32
     with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16).eval()
         banned = torch.arange(shape["vocab_size"]) == 1          # the stop token: no row ends
-    prompts, seeds = [np.arange(P) + 4] * rows, [(0, b) for b in range(rows)]
+    prompts = [np.arange(P) + 4] * rows
+    seeds = [(0, b) for b in range(rows)]
     config, embedding = model.config, model.get_input_embeddings().weight
     weights = sum(p.numel() for p in model.parameters()) - embedding.numel()
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
@@ -74,8 +79,9 @@ def cuda_decode(shape, bandwidth, tiny):
             tokens.sum().item()                          # here the CPU waits for the GPU
             taken.append(time.time() - began)
         step = (taken[2] - taken[1]) / steps
-        print(f"  {way}: {rows / step:,.0f} tokens/s, {1000 * step:.1f} ms a step, "
-              f"{read / step / bandwidth:.0%} of the copy bandwidth", flush=True)
+        share = read / step / bandwidth
+        print(f"  {way}: {rows / step:,.0f} tokens/s, {1000 * step:.1f} ms a step, {share:.0%} of "
+              "the copy bandwidth", flush=True)
 
 
 def cuda_train(world, matmul):
@@ -88,17 +94,18 @@ def cuda_train(world, matmul):
     body = sum(p.numel() for p in sft.parameters()) - 2 * head
     start_over()
     rate = statistics.median([row["tokens_per_second"] for row in our_rm(world)])
-    print(f"  reward model step: {rate:,.0f} real tokens/s, "
-          f"{rate * (8 * body + 2 * head) / matmul:.0%} of the matmul rate, "
+    share = rate * (8 * body + 2 * head) / matmul
+    print(f"  reward model step: {rate:,.0f} real tokens/s, {share:.0%} of the matmul rate, "
           f"{peak_gb():.1f} GB at most", flush=True)
     start_over()
     row = our_ppo(world, "auto")[-1]
     tokens = row["response_tokens"] + work["rollouts"] * work["prompt"]
     flop = 12 * body * tokens + 6 * head * row["response_tokens"]
-    print(f"  PPO iteration of {tokens:,} tokens: generate {row['time_generate']:.1f} s, score "
-          f"{row['time_score']:.1f} s, train {row['time_train']:.1f} s = "
-          f"{flop / row['time_train'] / matmul:.0%} of the matmul rate, {peak_gb():.1f} GB "
-          "at most", flush=True)
+    share = flop / row["time_train"] / matmul
+    print(f"  PPO iteration of {tokens:,} tokens, {peak_gb():.1f} GB at most:")
+    for phase in ("generate", "score", "train"):
+        print(f"    {phase} {row[f'time_{phase}']:.1f} s")
+    print(f"    training at {share:.0%} of the matmul rate", flush=True)
 
 
 def cuda(tiny, folder):

@@ -64,9 +64,11 @@ def make_world(world):
     random = np.random.default_rng(0)
 
     def message(role, n):
-        return {"role": role, "content": " ".join(f"w{i}" for i in random.integers(0, V - 4, n))}
+        drawn = random.choice(words, n)
+        return {"role": role, "content": " ".join(drawn)}
 
-    for name, n in (("pairs", work["pairs"] * work["steps"]), ("pairs_test", 32)):
+    n_pairs = {"pairs": work["pairs"] * work["steps"], "pairs_test": 32}
+    for name, n in n_pairs.items():
         with open(f"{world}/{name}.jsonl", "w") as f:
             for lengths in random.lognormal(np.log(work["median"]), 0.7, (n, 2)):
                 lengths = np.minimum(lengths, work["max_tokens"] - 17).astype(int) + 1
@@ -75,7 +77,8 @@ def make_world(world):
                 f.write(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n")
     with open(f"{world}/prompts.jsonl", "w") as f:
         for _ in range(work["rollouts"] * work["iterations"]):
-            f.write(json.dumps({"prompt": [message("user", work["prompt"] - 3)]}) + "\n")
+            prompt = message("user", work["prompt"] - 3)
+            f.write(json.dumps({"prompt": [prompt]}) + "\n")
 
 
 def set_stop_probability(sft, stop):

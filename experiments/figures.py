@@ -47,6 +47,10 @@ def mean_of(run, key, start, stop):
     return np.mean(run[key][start:stop])
 
 
+def scale_of(run):
+    return run["scale"]
+
+
 def gold_within(run, limit):
     """Best 3-iteration mean of the gold reward while the KL is at most the limit."""
     gold = np.convolve(run["gold"], np.ones(3) / 3, "valid")
@@ -119,8 +123,9 @@ def tables(policies, reward_models):
                           ("oracle-segment", "oracle-bandit")):
         row = [f"{ahead} ahead of {behind}"]
         for where in (AT_20, FINAL):
-            gap = difference(of(f"{ahead}-kl.03", *where), of(f"{behind}-kl.03", *where))
-            row.append(cell(gap))
+            a = of(f"{ahead}-kl.03", *where)
+            b = of(f"{behind}-kl.03", *where)
+            row.append(cell(difference(a, b)))
         rows.append(row)
     table(["gold, difference (KL coefficient .03)", "at iteration 20", "final"], rows)
 
@@ -131,21 +136,27 @@ def tables(policies, reward_models):
     for name in sorted(policies):
         if "-kl" not in name:
             gap = difference(of(name, *FINAL), plain)
-            rows.append([name, str(len(gap)), cell(gap), cell(of(name, *FINAL_KL), ".1f")])
+            kl = of(name, *FINAL_KL)
+            rows.append([name, str(len(gap)), cell(gap), cell(kl, ".1f")])
     table(["change (to segment-kl.03)", "draws", "final gold, difference", "final KL"], rows)
 
     rows = []
     for name, lines in sorted(reward_models.items()):
         row = [name, str(len(lines))]
         for key in ("accuracy", "correlation"):
-            row.append(cell({line["draw"]: line[key] for line in lines}, ".2f"))
-        used = policies[name.replace("rm-", "") + "-kl.03"]
-        rows.append(row + [cell(by_draw(used, lambda run: run["scale"]), ".1f")])
+            values = {line["draw"]: line[key] for line in lines}
+            row.append(cell(values, ".2f"))
+        method = name.removeprefix("rm-")
+        scales = by_draw(policies[f"{method}-kl.03"], scale_of)
+        row.append(cell(scales, ".1f"))
+        rows.append(row)
     table(["reward model", "draws", "held-out accuracy", "correlation with clause values", "S"],
           rows)
-    lines, rows = reward_models["rm-segment"], []
+    lines = reward_models["rm-segment"]
+    rows = []
     for cutoff in lines[0]["f1"] if lines else ():
-        rows.append([cutoff, cell({line["draw"]: line["f1"][cutoff] for line in lines}, ".3f")])
+        values = {line["draw"]: line["f1"][cutoff] for line in lines}
+        rows.append([cutoff, cell(values, ".3f")])
     table(["cutoff", "boundary F1 against clause ends"], rows)
     return best
 
@@ -194,86 +205,6 @@ def picture(path, policies, reward_models, best):
     figure.savefig(path, dpi=110)
 
 
-# --------------------------------------------------------------------------------------------------
-# a response, its segments coloured by their learned rewards
-# --------------------------------------------------------------------------------------------------
-def response(args):
-    import torch
-    from segment import (LanguageModel, encode_chats, is_finished, load_model, load_pairs,
-                         load_tokenizer, map_rows, response_mask, segment_ends, segment_texts,
-                         setup, trained_how)
-    from train_rm import ScalarModel
-    device = setup()
-    tokenizer, stops = load_tokenizer(args.model)
-    prompt, chosen, _, where = load_pairs(args.data, args.row)[-1]
-    rows = encode_chats(tokenizer, stops, [(prompt, [chosen], where)], 2048, 1024)
-    granularity, cutoff = trained_how(args.reward_model, None, None)
-    sft = load_model(args.model, LanguageModel, device, torch.float32)
-    _, entropy = map_rows(sft, rows, 16384, device)                                      # (1, R)
-    model = load_model(args.reward_model, ScalarModel, device, torch.float32)
-    scalars = map_rows(model, rows, 16384, device)                                       # (1, R)
-    mask, finished = response_mask(rows, device), is_finished(rows, stops).to(device)
-    ends = segment_ends(entropy, mask, finished, cutoff, granularity)[0].tolist()
-    tokens = segment_texts(tokenizer, rows[0][1], np.ones(len(ends)))                    # R texts
-    n_content = len(ends) - int(finished)
-    paint(args.picture, prompt[-1]["content"], tokens[:n_content], ends,
-          entropy[0, :n_content].tolist(), scalars[0].tolist(), cutoff)
-
-
-def paint(path, prompt, tokens, ends, entropy, scalars, cutoff):
-    """Running text on coloured boxes, and under each token a bar: the entropy after it."""
-    import matplotlib.pyplot as plt
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.patches import FancyBboxPatch
-    left, right, line_height, ink, grey = 20, 784, 50, "#1f2328", "#6e7781"          # pixels
-    figure = plt.figure(figsize=(8, 1), dpi=200)         # two of its dots make one pixel
-    axes = figure.add_axes((0, 0, 1, 1))
-    largest, tallest = max(map(abs, scalars)), max(entropy)
-
-    def write(x, y, text, size=10.4, color=ink, weight="normal"):
-        """Write text; where does it end? (y below the picture: only measure.)"""
-        axes.text(x, y, text, size=size, color=color, weight=weight, va="baseline", clip_on=True)
-        font, renderer = FontProperties(size=size, weight=weight), figure.canvas.get_renderer()
-        return x + renderer.get_text_width_height_descent(text, font, False)[0] / 2
-
-    def box(start, end, y, color):
-        axes.add_patch(FancyBboxPatch((start - 4, y - 17), end - start + 8, 24, lw=0, color=color,
-                                      boxstyle="round,pad=0,rounding_size=5"))
-
-    box(left, write(left, 32, prompt), 32, "#e8ebef")
-    x, y, r = left, 80, 0
-    while r < len(tokens):                               # a segment at a time
-        last = ends.index(True, r)
-        color = plt.get_cmap("RdYlGn")(0.5 + 0.42 * scalars[last] / largest, alpha=0.55)
-        note = f" {scalars[last]:+.1f}".replace("-", "\u2212")
-        text = "".join(tokens[r:last + 1]).strip() + note
-        if x > left and write(x, -99, text) > right:
-            x, y = left, y + line_height
-        start = x
-        for token in tokens[r:last + 1]:
-            if x == start:
-                token = token.lstrip()
-            if write(x, -99, token) > right:             # a segment longer than a line
-                box(start, x, y, color)
-                start, x, y = left, left, y + line_height
-                token = token.lstrip()
-            x = write(x, y, token)
-            bar = 17 * entropy[r] / tallest
-            axes.add_patch(plt.Rectangle((x - 3, y + 26.6 - bar), 4, bar, color="#57606a", lw=0))
-            r += 1
-        axes.plot([start, x], [y + 27, y + 27], color="#d0d7de", lw=0.8)
-        x = write(x, y, note, size=9.0, weight="bold")
-        box(start, x, y, color)
-        x += 14
-    y += 60
-    write(left, y, "box: a segment and its learned reward      bar: the SFT model's entropy after "
-          f"a token; above {cutoff:g} nat the segment ends", 8.5, grey)
-    figure.set_size_inches(8, (y + 16) / 100)
-    axes.set(xlim=(0, 800), ylim=(y + 16, 0))
-    axes.axis("off")
-    figure.savefig(path)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -287,7 +218,8 @@ def main():
     one.add_argument("--row", type=int, default=4, help="the chosen response of this row")
     args = parser.parse_args()
     if args.command == "response":
-        return response(args)
+        from response import draw_response
+        return draw_response(args)
     policies, reward_models = read_results(args.results)
     if not policies:
         sys.exit(f"{args.results}: no results yet; run experiments/run.sh")

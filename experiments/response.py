@@ -1,0 +1,90 @@
+"""Draw a response, its segments coloured by their rewards: `figures.py response` calls this."""
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.font_manager import FontProperties
+from matplotlib.patches import FancyBboxPatch
+
+from segment import (LanguageModel, encode_chats, is_finished, load_model, load_pairs,
+                     load_tokenizer, map_rows, response_mask, segment_ends, segment_texts, setup,
+                     trained_how)
+from train_rm import ScalarModel
+
+LEFT, RIGHT, LINE_HEIGHT = 20, 784, 50                   # pixels
+INK, GREY = "#1f2328", "#6e7781"
+
+
+def draw_response(args):
+    device = setup()
+    tokenizer, stops = load_tokenizer(args.model)
+    prompt, chosen, _, where = load_pairs(args.data, args.row)[-1]
+    rows = encode_chats(tokenizer, stops, [(prompt, [chosen], where)], 2048, 1024)
+    granularity, cutoff = trained_how(args.reward_model, None, None)
+    sft = load_model(args.model, LanguageModel, device, torch.float32)
+    _, entropy = map_rows(sft, rows, 16384, device)                                      # (1, R)
+    model = load_model(args.reward_model, ScalarModel, device, torch.float32)
+    scalars = map_rows(model, rows, 16384, device)                                       # (1, R)
+    mask = response_mask(rows, device)                                                   # (1, R)
+    finished = is_finished(rows, stops).to(device)                                       # (1,)
+    ends = segment_ends(entropy, mask, finished, cutoff, granularity)[0].tolist()
+    tokens = segment_texts(tokenizer, rows[0][1], np.ones(len(ends)))                    # R texts
+    n_content = len(ends) - int(finished)
+    entropy, scalars = entropy[0, :n_content].tolist(), scalars[0].tolist()
+    paint(args.picture, prompt[-1]["content"], tokens[:n_content], ends, entropy, scalars, cutoff)
+
+
+def paint(path, prompt, tokens, ends, entropy, scalars, cutoff):
+    """Running text on coloured boxes, and under each token a bar: the entropy after it."""
+    figure = plt.figure(figsize=(8, 1), dpi=200)         # two of its dots make one pixel
+    axes = figure.add_axes((0, 0, 1, 1))
+    largest = max(abs(scalar) for scalar in scalars)
+    tallest = max(entropy)
+
+    def write(x, y, text, size=10.4, color=INK, weight="normal"):
+        """Write text; where does it end? (y below the picture: only measure.)"""
+        axes.text(x, y, text, size=size, color=color, weight=weight, va="baseline", clip_on=True)
+        font = FontProperties(size=size, weight=weight)
+        renderer = figure.canvas.get_renderer()
+        width, _, _ = renderer.get_text_width_height_descent(text, font, False)
+        return x + width / 2
+
+    def box(start, end, y, color):
+        corner, width = (start - 4, y - 17), end - start + 8
+        axes.add_patch(FancyBboxPatch(corner, width, 24, color=color, lw=0,
+                                      boxstyle="round,pad=0,rounding_size=5"))
+
+    end = write(LEFT, 32, prompt)
+    box(LEFT, end, 32, "#e8ebef")
+    x, y, r = LEFT, 80, 0
+    while r < len(tokens):                               # a segment at a time
+        last = ends.index(True, r)
+        goodness = 0.5 + 0.42 * scalars[last] / largest  # 0: red, 1: green
+        color = plt.get_cmap("RdYlGn")(goodness, alpha=0.55)
+        note = f" {scalars[last]:+.1f}".replace("-", "\u2212")
+        text = "".join(tokens[r:last + 1]).strip()
+        if x > LEFT and write(x, -99, text + note) > RIGHT:
+            x, y = LEFT, y + LINE_HEIGHT
+        start = x
+        for token in tokens[r:last + 1]:
+            if x == start:
+                token = token.lstrip()
+            if write(x, -99, token) > RIGHT:             # a segment longer than a line
+                box(start, x, y, color)
+                start, x, y = LEFT, LEFT, y + LINE_HEIGHT
+                token = token.lstrip()
+            x = write(x, y, token)
+            bar = 17 * entropy[r] / tallest
+            corner = (x - 3, y + 26.6 - bar)
+            axes.add_patch(plt.Rectangle(corner, 4, bar, color="#57606a", lw=0))
+            r += 1
+        axes.plot([start, x], [y + 27, y + 27], color="#d0d7de", lw=0.8)
+        x = write(x, y, note, size=9.0, weight="bold")
+        box(start, x, y, color)
+        x += 14
+    y += 60
+    write(LEFT, y, "box: a segment and its learned reward      bar: the SFT model's entropy after "
+          f"a token; above {cutoff:g} nat the segment ends", 8.5, GREY)
+    figure.set_size_inches(8, (y + 16) / 100)
+    axes.set(xlim=(0, 800), ylim=(y + 16, 0))
+    axes.axis("off")
+    figure.savefig(path)
