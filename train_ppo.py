@@ -423,7 +423,7 @@ class Reward:
                 if first > len(response):
                     fail(f"--reward_model: a segment ends at {end} of {len(response)} tokens")
                 if self.use == "bandit":
-                    scalars[b] = float(np.mean([value for value, _ in segments]))
+                    scalars[b] = sum(value for value, _ in segments) / max(1, len(segments))
         return rewards_at_ends(scalars, sft_entropy, mask, finished.to(self.device), self.cutoff,
                                self.own, self.use)
 
