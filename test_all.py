@@ -13,6 +13,7 @@ README's first command is used where it lies in out/, and run where it doesn't.
 import csv
 import doctest
 import glob
+import gzip
 import importlib.util
 import inspect
 import json
@@ -24,8 +25,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")        # two runs at a time, a thread each
 os.environ["HF_HUB_OFFLINE"] = "1"                   # nothing here may reach the network
@@ -41,8 +45,10 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          GenerationConfig, PreTrainedTokenizerFast)
 
+import evaluate as E
 import segment
 import train_ppo
 import train_rm
@@ -978,7 +984,352 @@ def test_examples_in_docstrings_the_help_and_files_of_flags(tmp_path, capsys, mo
 
 
 # -- 9. Evaluation ---------------------------------------------------------------------------------
-# <<< the tests of chapter 4, evaluate.py, stand here >>>
+ALPACA = "../shared/data/alpaca_eval"                # the published leaderboard, where it is at hand
+needs_alpaca = pytest.mark.skipif(not os.path.isdir(ALPACA), reason="no published AlpacaEval data")
+
+
+# -- 9. Figures -----------------------------------------------------------------------------------
+def test_win_rate_by_hand():
+    got = E.win_rate([2, 1, 1.5, 0, 1.8, None, math.nan])        # 0: a legacy tie; two are dropped
+    assert got.pop("win_rate") == pytest.approx(100 * (1 + 0 + .5 + .5 + .8) / 5)
+    spread = np.std([1, 0, .5, .5, .8], ddof=1) / math.sqrt(5)
+    assert got.pop("standard_error") == pytest.approx(100 * spread)
+    assert got == {"n_wins": 2, "n_wins_base": 1, "n_draws": 2, "n_total": 5,
+                   "discrete_win_rate": pytest.approx(60)}
+    one = E.win_rate([1.7])
+    assert one["win_rate"] == pytest.approx(70) and math.isnan(one["standard_error"])
+    for bad in ([], [None], [2.5], [0.5], [-1]):
+        with pytest.raises(ValueError):
+            E.win_rate(bad)
+
+
+def _e_logit(p):
+    return math.log(p / (1 - p))
+
+
+def test_length_controlled_by_hand():
+    # t takes two values +-u, so the fit is exact: logit p(+-u) = w0 +- wt u, and w0 is their mean
+    y, D = np.array([.9] * 4 + [.2] * 4), np.array([10.] * 4 + [-10.] * 4)
+    w0 = (_e_logit(.9) + _e_logit(.2)) / 2
+    got = E.length_controlled_win_rate(list(y + 1), list(100 + D), [100] * 8)
+    assert got["length_controlled_winrate"] == pytest.approx(100 / (1 + math.exp(-w0)), abs=1e-6)
+    # a missing preference takes its own difficulty with it, not its neighbour's
+    rng = np.random.default_rng(1)
+    y, d = rng.random(40) + 1, rng.normal(size=40)
+    a, b = rng.integers(50, 500, (2, 40))
+    keep = np.arange(40) % 7 != 3
+    holes = [p if k else None for p, k in zip(y, keep)]
+    whole = E.length_controlled_win_rate(holes, a, b, d)
+    assert whole == pytest.approx(E.length_controlled_win_rate(y[keep], a[keep], b[keep], d[keep]))
+    assert whole != pytest.approx(E.length_controlled_win_rate(y, a, b, d))
+    with pytest.raises(ValueError):
+        E.length_controlled_win_rate(y, a, b, d[:39])
+
+
+def test_length_controlled_with_difficulty_and_gamed_rows_has_no_gradient():
+    """At the fit the gradient of the weighted likelihood is zero, written as loops."""
+    rng, seen = np.random.default_rng(2), []
+    parts = [(rng.random(90) + 1, rng.integers(50, 500, 90), rng.integers(50, 500, 90),
+              rng.normal(size=90)) for _ in range(3)]
+    fit = E.logistic_fit
+    E.logistic_fit = lambda *args: seen.append(fit(*args)[0]) or fit(*args)
+    try:
+        got = E.length_controlled_win_rate(*parts[0], parts[1:])
+    finally:
+        E.logistic_fit = fit
+    (w_t, w_d, w_0), gradient = seen[0], np.zeros(3)
+    for n, (y, a, b, d) in enumerate(parts):
+        for i in range(90):
+            x = np.array([np.tanh((a - b)[i] / np.std(a - b, ddof=1)), d[i], float(n == 0)])
+            p = 1 / (1 + np.exp(-x @ seen[0]))
+            gradient += (1.0, .1, .1)[n] * (y[i] - 1 - p) * x
+    assert np.abs(gradient).max() < 1e-8
+    rate = np.mean([1 / (1 + np.exp(-w_d * d - w_0)) for d in parts[0][3]])
+    assert got["length_controlled_winrate"] == pytest.approx(100 * rate)
+
+
+def test_length_controlled_degenerate():
+    raw = E.win_rate([2, 1, 1.2])
+    same = E.length_controlled_win_rate([2, 1, 1.2], [5, 7, 9], [6, 8, 10])      # std(D) = 0
+    assert same["length_controlled_winrate"] == pytest.approx(raw["win_rate"])
+    assert same["lc_standard_error"] == pytest.approx(raw["standard_error"])
+    one = E.length_controlled_win_rate([2, 2, 2], [1, 5, 2], [3, 1, 9])          # one outcome
+    assert one == {"length_controlled_winrate": 100, "lc_standard_error": 0}
+    one = E.length_controlled_win_rate([1.3], [5], [9])
+    assert one["length_controlled_winrate"] == pytest.approx(30)
+    assert math.isnan(one["lc_standard_error"])
+    separable = E.length_controlled_win_rate([2, 2, 1, 1], [1, 2, 9, 8], [5, 5, 5, 5])
+    assert all(map(math.isnan, separable.values()))              # the longer answer always wins
+
+
+def _e_published(name):
+    with open(f"{ALPACA}/instruction_difficulty.json") as f:
+        difficulty = json.load(f)
+    with gzip.open(f"{ALPACA}/annotations/{name}.jsonl.gz", "rt") as f:
+        rows = [json.loads(line) for line in f]
+    gamed = E.read_annotations([f"{ALPACA}/gamed_baseline_surrogate.jsonl.gz"], "variant")
+    variants = [(*E.columns_of(group), difficulty) for group in gamed.values()]
+    with open(f"{ALPACA}/published.json") as f:
+        return E.columns_of(rows), np.array(difficulty), variants, json.load(f)[name]
+
+
+@needs_alpaca
+@pytest.mark.parametrize("name", ["FuseChat-Llama-3.2-3B-Instruct", "claude-2.1", "vicuna-7b-v1.5",
+                                  "gpt4_0613_concise"])
+def test_published_figures(name):
+    (y, a, b), d, gamed, truth = _e_published(name)
+    for key, value in E.win_rate(y).items():
+        assert value == pytest.approx(truth[key], abs=1e-6), key
+    official, plain = E.length_controlled_win_rate(y, a, b, d, gamed), \
+        E.length_controlled_win_rate(y, a, b)
+    assert abs(official["length_controlled_winrate"] - truth["length_controlled_winrate"]) < 0.12
+    rng, draws = np.random.default_rng(0), []
+    for _ in range(120):
+        i = rng.integers(0, len(y), len(y))
+        draws.append([E.length_controlled_win_rate(*args)["length_controlled_winrate"] for args in
+                      ((y[i], a[i], b[i], d[i], gamed), (y[i], a[i], b[i]))])
+    errors = np.array([official["lc_standard_error"], plain["lc_standard_error"]])
+    ratio = errors / np.std(draws, axis=0)
+    assert (ratio > 0.8).all() and (ratio < 1.25).all(), ratio
+
+
+@needs_alpaca
+def test_annotations_alone(tmp_path, capsys):
+    names = ["claude-2.1", "vicuna-7b-v1.5"]
+    E.main(E.Config(annotations=[f"{ALPACA}/annotations/{name}.jsonl.gz" for name in names],
+                    difficulty=f"{ALPACA}/instruction_difficulty.json", out=str(tmp_path),
+                    gamed=[f"{ALPACA}/gamed_baseline_surrogate.jsonl.gz"], html=True))
+    head, *rows = [line.split(",") for line in open(tmp_path / "leaderboard.csv").read().split()]
+    with open(f"{ALPACA}/sample_leaderboard.csv") as f:
+        assert head == f.readline().strip().split(",")
+    assert [row[0] for row in rows] == names
+    for name, row in zip(names, rows):
+        truth = _e_published(name)[3]
+        assert float(row[1]) == pytest.approx(truth["win_rate"], abs=1e-6)
+        assert int(row[9]) == truth["avg_length"]
+        assert abs(float(row[10]) - truth["length_controlled_winrate"]) < 0.12
+    said = capsys.readouterr().out
+    assert said.count("outside 20-80 %") == 2 and "fewer than 15 %" in said
+
+
+# -- 9. Judges ------------------------------------------------------------------------------------
+class _EServer(ThreadingHTTPServer):
+    """Prefers the answer with more x. trouble(number of the request) -> None or what goes wrong."""
+    daemon_threads = True
+
+    def __init__(self, trouble=None, logprobs=True):
+        self.trouble, self.logprobs, self.lock = trouble, logprobs, threading.Lock()
+        self.requests, self.keys = 0, set()
+        super().__init__(("127.0.0.1", 0), _EHandler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class _EHandler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server, key = self.server, self.headers.get("Authorization")
+        with server.lock:
+            server.requests += 1
+            server.keys.add(key)
+            trouble = server.trouble and server.trouble(server.requests)
+        if "logprobs" in body and not server.logprobs:
+            trouble = 400
+        text = body["messages"][0]["content"]
+        a, b = [re.search(f"<reply {k}>\n(.*)\n</reply {k}>", text, re.S)[1].count("x") for k in "AB"]
+        choice = {"message": {"role": "assistant", "content": "A" if a > b else "B"}}
+        if "logprobs" in body:           # two tokens for B; the judge leans towards A
+            top = [("A", .8 if a > b else .3), (" B", .1), ("B", .1 if a > b else .5), ("C", .1)]
+            top = [{"token": token, "logprob": math.log(p)} for token, p in top]
+            content = [{"token": choice["message"]["content"], "logprob": -1, "top_logprobs": top}]
+            choice["logprobs"] = {"content": content}
+        if trouble == "evasive":
+            choice["message"]["content"] = "I cannot compare these."
+        payload = json.dumps({"choices": [choice]}).encode()
+        if trouble == "garbage":
+            payload = b'{"choices": [{"mess'
+        if isinstance(trouble, int):
+            payload = json.dumps({"error": {"message": f"not with {key}"}}).encode()
+        self.send_response(trouble if isinstance(trouble, int) else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+
+def _e_config(folder, n=6, **settings):
+    """Two files of outputs: no model is needed to test judges. The last pair is a draw."""
+    for name in ("base", "policy"):
+        rows = [{"instruction": f"prompt {i}", "generator": name, "dataset": "d",
+                 "output": "x" * (i + 1 + (name == "policy" and i < n - 1))} for i in range(n)]
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    return E.Config(**{"model": f"{folder}/policy.json", "baseline": f"{folder}/base.json",
+                       "data": f"{folder}/base.json", "judge": "some-judge", "show": 0,
+                       "out": f"{folder}/out", **settings})
+
+
+def _e_preferences(folder):
+    with open(f"{folder}/out/annotations.json") as f:
+        return [row["preference"] for row in json.load(f)]
+
+
+def _e_refused(capsys, cfg):
+    with pytest.raises(SystemExit) as stop:
+        E.main(cfg)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1 and message.startswith("error: ")
+    return message
+
+
+def test_endpoint_asks_both_orders_and_pays_nothing_twice(tmp_path):
+    pytest.importorskip("openai")
+    server = _EServer()
+    cfg = _e_config(tmp_path, api_base=server.url)
+    E.main(cfg)
+    # the policy has one x more: as B it gets .6 of .9, as A .8; equal outputs are a draw, unasked
+    assert _e_preferences(tmp_path) == pytest.approx([1 + (2 / 3 + .8) / 2] * 5 + [1.5])
+    assert server.requests == 10
+    with open(tmp_path / "out/annotations.json") as f:
+        assert set(json.load(f)[0]) >= {"instruction", "output_1", "generator_1", "output_2",
+                                        "generator_2", "preference", "annotator"}
+    path = tmp_path / "out/verdicts.jsonl"
+    rows = path.read_text().split("\n")                  # a newline stands before each
+    path.write_text("\n".join(rows[:3]) + "\n" + rows[3][:40])               # two whole, one torn
+    E.main(cfg)
+    assert server.requests == 10 + 2 * 3 and len(set(_e_preferences(tmp_path))) == 2
+    E.main(replace(cfg, model=cfg.baseline, baseline=cfg.model))             # other pairs
+    assert server.requests == 16 + 10
+    E.main(cfg)
+    assert server.requests == 26
+
+
+def test_endpoint_without_logprobs_and_with_garbage(tmp_path, capsys):
+    pytest.importorskip("openai")
+    server = _EServer(logprobs=False)
+    E.main(_e_config(tmp_path, api_base=server.url))
+    assert _e_preferences(tmp_path) == [2] * 5 + [1.5] and server.requests == 20
+    server = _EServer(trouble=lambda n: {1: "garbage", 2: "evasive", 3: 500}.get(n))
+    other = tmp_path / "other"
+    other.mkdir()
+    E.main(_e_config(other, api_base=server.url))
+    assert min(_e_preferences(other)[:5]) > 1.5 and server.requests == 13
+    # who evades for ever has no verdict, and is asked again by the next run
+    server.trouble = lambda n: "evasive"
+    cfg = _e_config(tmp_path, n=2, api_base=server.url, judge="shy")
+    E.main(cfg)
+    assert _e_preferences(tmp_path) == [None, 1.5] and server.requests == 13 + 2 * 5
+    assert "1 pairs have no verdict" in capsys.readouterr().out
+    server.trouble = None
+    E.main(cfg)
+    assert _e_preferences(tmp_path)[0] > 1.5 and server.requests == 13 + 2 * 5 + 2
+
+
+def test_endpoint_trouble_is_one_line_and_the_key_is_in_no_file(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("openai")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
+    server = _EServer(trouble=lambda n: 401 if n > 8 else None)
+    message = _e_refused(capsys, _e_config(tmp_path, n=40, api_base=server.url))
+    assert server.keys == {"Bearer sk-secret-123"} and "401" in message and "***" in message
+    path, server = tmp_path / "out/verdicts.jsonl", _EServer()   # the same judge, elsewhere
+    kept = path.read_text().count("preference") if path.exists() else 0
+    E.main(_e_config(tmp_path, n=40, api_base=server.url))
+    assert server.requests == 2 * (39 - kept)                    # what was paid for is not asked
+    texts = [path.read_text() for path in (tmp_path / "out").iterdir()]
+    assert "sk-secret" not in message + "".join(texts)
+
+
+def test_function_judge(tmp_path, capsys):
+    judge = tmp_path / "judge.py"
+    judge.write_text("def score(prompt, response):\n    return min(len(response), 3)\n"
+                     "def bad(prompt, response, finished):\n    return float('nan')\n")
+    E.main(_e_config(tmp_path, judge=f"{judge}:score"))
+    assert _e_preferences(tmp_path) == [2, 2, 1.5, 1.5, 1.5, 1.5]
+    assert "nan" in _e_refused(capsys, _e_config(tmp_path, judge=f"{judge}:bad"))
+    assert "nowhere.py" in _e_refused(capsys, _e_config(tmp_path, judge="nowhere.py:score"))
+    cfg = _e_config(tmp_path, judge=f"{judge}:score", data=f"{tmp_path}/other.json")
+    rows = [{"instruction": "another"}] * 6
+    (tmp_path / "other.json").write_text(json.dumps(rows))
+    assert "row 1" in _e_refused(capsys, cfg)
+    for row in ({"preference": 3, "len_1": 1, "len_2": 1}, {"preference": 2, "len_1": 1},
+                {"len_1": 1, "len_2": 2}):
+        (tmp_path / "bad.jsonl").write_text(json.dumps(row))
+        cfg = E.Config(annotations=[f"{tmp_path}/bad.jsonl"], out=f"{tmp_path}/figures")
+        assert "row 1" in _e_refused(capsys, cfg)
+
+
+# -- 9. Models of the embedded world --------------------------------------------------------------
+def test_chat_model_judge_is_two_readings_of_two_letters(families, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(E, "QUESTION", "{}\nA: {}\nB: {}\nA or B?")        # their context is small
+    cfg = _e_config(tmp_path, n=3, judge=families["qwen2"])
+    E.main(cfg)
+    with open(tmp_path / "out/annotations.json") as f:
+        row, p = json.load(f)[0], []
+    tokenizer, _ = segment.load_tokenizer(cfg.judge)
+    model = AutoModelForCausalLM.from_pretrained(cfg.judge)
+    letters = [tokenizer(k, add_special_tokens=False)["input_ids"][0] for k in "AB"]
+    for question in E.questions(row):
+        text = tokenizer.apply_chat_template([{"role": "user", "content": question}],
+                                             add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        p.append(model(ids).logits[0, -1, letters].softmax(-1)[1].item())
+    assert row["preference"] == pytest.approx(1 + (p[0] + 1 - p[1]) / 2, abs=1e-5)
+    before = (tmp_path / "out/verdicts.jsonl").read_text()
+    E.main(cfg)
+    assert (tmp_path / "out/verdicts.jsonl").read_text() == before
+    assert "letters A and B" in _e_refused(capsys, replace(cfg, judge=SFT))  # no such words in it
+
+
+def test_reward_model_judge_and_answers_used_again(tmp_path, capsys):
+    rm = AutoModelForSequenceClassification.from_pretrained(SFT, num_labels=1)   # untrained
+    rm.config.update({"segment_granularity": "segment", "segment_cutoff": 1.0, "segment_model": SFT})
+    rm.save_pretrained(f"{tmp_path}/rm/model")
+    segment.load_tokenizer(SFT)[0].save_pretrained(f"{tmp_path}/rm/model")
+    cfg = E.Config(model=SFT, judge=f"{tmp_path}/rm/model", max_samples=6, max_new_tokens=24,
+                   show=0, out=f"{tmp_path}/out", html=True)
+    E.main(cfg)
+    with open(tmp_path / "out/annotations.json") as f:
+        rows = json.load(f)
+    for row in rows:
+        expected = 1 + 1 / (1 + math.exp(row["score_1"] - row["score_2"]))
+        assert row["preference"] == pytest.approx(expected)
+    assert {row["generator_2"] for row in rows} == {"sft"} and rows[0]["generator_1"] == "sft-baseline"
+    assert any(row["output_1"] != row["output_2"] for row in rows)           # their own luck
+    with open(tmp_path / "out/sft.json") as f:
+        answers = json.load(f)
+    assert not any(row["finished"] for row in answers)
+    (tmp_path / "out/sft.json").write_text(json.dumps(answers[:2]))          # killed while sampling
+    capsys.readouterr()
+    E.main(replace(cfg, max_new_tokens=24, generation_batch_size=3))
+    said = capsys.readouterr().out
+    assert "sft: 2 of 6 answers are in" in said and "are cut by" in said
+    with open(tmp_path / "out/sft.json") as f:
+        assert json.load(f) == answers
+    assert "another --out" in _e_refused(capsys, replace(cfg, seed=1))
+    config = json.load(open(f"{tmp_path}/rm/model/config.json"))
+    for key in ("segment_granularity", "segment_cutoff", "segment_model"):
+        del config[key]
+    (tmp_path / "rm/model/config.json").write_text(json.dumps(config))
+    assert "--granularity" in _e_refused(capsys, cfg)
+    E.main(replace(cfg, granularity="segment", cutoff=1.0))                  # cut by --baseline
+    with open(tmp_path / "out/annotations.json") as f:
+        assert json.load(f) == rows
+
+
+def test_page_escapes_everything(tmp_path):
+    evil = "<script>alert('1')</script>&\"></style><img src=x onerror=a>{{data}}"
+    row = {"instruction": evil, "output_1": evil, "output_2": evil, "generator_1": evil,
+           "generator_2": evil, "preference": 1.5}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    E.main(E.Config(annotations=[f"{tmp_path}/rows.json"], out=f"{tmp_path}/out", html=True))
+    page = (tmp_path / "out/index.html").read_text()
+    assert page.count("<script") == 2 and "<img" not in page and "innerHTML" not in page
+    nonce = re.search("script-src 'nonce-(.+?)'", page)[1]
+    assert page.count(nonce) == 4 and "{{nonce}}" not in page and "default-src 'none'" in page
+    data = json.loads(re.search('id="data">(.*?)</script>', page, re.S)[1])
+    assert data["pairs"][evil][0]["output_2"] == evil and "http" not in page.replace("http-", "")
 
 
 # -- 10. CUDA, where there is one: in processes of their own, for this one sees none ---------------
