@@ -45,6 +45,7 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
                           GenerationConfig, PreTrainedTokenizerFast)
 
@@ -547,26 +548,73 @@ def test_samples_follow_the_softmax_and_hold_no_banned_token(families, temperatu
         assert float((tokens[:, later:] == tokens[:, :-later]).float().mean()) < 0.1
 
 
+class Tape(TorchDispatchMode):
+    """Stands in for a CUDA graph: records each operation of a step with its very tensors and
+    numbers, refuses those that wait for the host, and plays them again into the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        assert not re.search("local_scalar|nonzero|masked_select|lift_fresh", str(f)), f"host: {f}"
+        for index in args[1] if str(f).startswith("aten.index.") else []:
+            assert index is None or index.dtype != torch.bool, "host: an index by a mask"
+        memory = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}))
+        result = f(*args, **kwargs or {})
+        self.operations.append((f, *memory, result))
+        return result
+
+    def play(self):
+        for f, args, kwargs, result in self.operations:
+            for old, new in zip(tree_leaves(result), tree_leaves(f(*args, **kwargs))):
+                if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():    # else: a view
+                    old.copy_(new)
+
+
+def taped(step):
+    """`record` of train_ppo.generate: the first step warms up, the second is recorded."""
+    step()
+    tape = Tape()
+
+    def replay():
+        if tape.operations:
+            return tape.play()
+        with tape:
+            step()
+    return replay
+
+
 @torch.no_grad()
-def test_a_decode_step_can_be_recorded(families):
-    """As a CUDA graph needs it: nothing is decided on the host, what changes stays where it was."""
-    hf, prompts, stops, seeds = sampling_case(families["phi3"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_recorded_decode_step_replays_to_the_same_tokens(families, family):
+    hf, prompts, stops, seeds = sampling_case(families[family])
+    want = train_ppo.generate(hf, prompts, stops, 40, seeds)
+    got = train_ppo.generate(hf, prompts, stops, 40, seeds, record=taped)
+    for x, y in zip(got, want):
+        close(x, y, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("good,broken", [
+    ("k.add_(1)", "k.fill_(int(k) + 1)"), ("token.copy_(drawn)", "token.data = drawn"),
+    ("position.add_(1)", "position.data = position + 1"),
+    ("noise.index_select(0, k)[0]", "noise[counter.pop()]"),
+    ("live.logical_and_((drawn != stops).all(1))",
+     "live[(drawn == stops).any(1)] = False")])
+def test_a_step_that_a_graph_could_not_hold_is_noticed(families, good, broken):
+    """Reads of the host, new tensors, a Python number that changes: each spoils the recording."""
+    source = inspect.getsource(train_ppo.generate)
+    assert source.count(good) == 1
+    names = {**vars(train_ppo), "counter": [i % 16 for i in range(64)][::-1]}
+    exec(source.replace(good, broken), names)
+    hf, prompts, stops, seeds = sampling_case(families["llama"])
     want = train_ppo.generate(hf, prompts, stops, 40, seeds)[0]
-
-    def record(step):
-        def places():                                    # of the tensors that a step works on
-            inputs = inspect.getclosurevars(step).nonlocals
-            return {name: x.data_ptr() for name, x in inputs.items() if torch.is_tensor(x)}
-
-        def replay():
-            before = places()
-            with Watch() as watch:
-                step()
-            assert not [name for name in watch.names if re.search("local_scalar|nonzero", name)]
-            assert places() == before and len(before) >= 8
-        step()
-        return replay
-    assert torch.equal(train_ppo.generate(hf, prompts, stops, 40, seeds, record=record)[0], want)
+    try:
+        assert not torch.equal(names["generate"](hf, prompts, stops, 40, seeds, record=taped)[0],
+                               want)
+    except AssertionError as error:
+        assert "host" in str(error)
 
 
 # -- 4. PPO's pieces -------------------------------------------------------------------------------
@@ -1417,7 +1465,6 @@ def test_true_rewards_per_segment_teach_faster_than_per_response(tmp_path):
     """Credit assignment alone: true values of clauses, where they are due or at the end."""
     outs = [f"{tmp_path}/segment", f"{tmp_path}/bandit"]
     for process in [start("train_ppo.py", [*ORACLE, "--granularity", out.split("/")[-1],
-                                           "--out", out]) for out in outs]:
+                                           "--max_steps", "16", "--out", out]) for out in outs]:
         wait(process)
-    per_segment, per_response = map(last_gold, outs)
-    assert per_segment >= .30 and per_segment >= per_response + .20
+    assert last_gold(outs[0]) >= last_gold(outs[1]) + .20
