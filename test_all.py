@@ -1032,7 +1032,7 @@ def test_examples_in_docstrings_the_help_and_files_of_flags(tmp_path, capsys, mo
 
 
 # -- 9. Evaluation ---------------------------------------------------------------------------------
-ALPACA = "../shared/data/alpaca_eval"                # the published leaderboard, where it is at hand
+ALPACA = "../shared/data/alpaca_eval"        # the published leaderboard, where it is at hand
 needs_alpaca = pytest.mark.skipif(not os.path.isdir(ALPACA), reason="no published AlpacaEval data")
 
 
@@ -1187,7 +1187,8 @@ class _EHandler(BaseHTTPRequestHandler):
         if "logprobs" in body and not server.logprobs:
             trouble = 400
         text = body["messages"][0]["content"]
-        a, b = [re.search(f"<reply {k}>\n(.*)\n</reply {k}>", text, re.S)[1].count("x") for k in "AB"]
+        replies = [re.search(f"<reply {k}>\n(.*)\n</reply {k}>", text, re.S)[1] for k in "AB"]
+        a, b = [reply.count("x") for reply in replies]
         choice = {"message": {"role": "assistant", "content": "A" if a > b else "B"}}
         if "logprobs" in body:           # two tokens for B; the judge leans towards A
             top = [("A", .8 if a > b else .3), (" B", .1), ("B", .1 if a > b else .5), ("C", .1)]
@@ -1332,7 +1333,8 @@ def test_chat_model_judge_is_two_readings_of_two_letters(families, tmp_path, cap
 
 def test_reward_model_judge_and_answers_used_again(tmp_path, capsys):
     rm = AutoModelForSequenceClassification.from_pretrained(SFT, num_labels=1)   # untrained
-    rm.config.update({"segment_granularity": "segment", "segment_cutoff": 1.0, "segment_model": SFT})
+    rm.config.update({"segment_granularity": "segment", "segment_cutoff": 1.0,
+                      "segment_model": SFT})
     rm.save_pretrained(f"{tmp_path}/rm/model")
     segment.load_tokenizer(SFT)[0].save_pretrained(f"{tmp_path}/rm/model")
     cfg = E.Config(model=SFT, judge=f"{tmp_path}/rm/model", max_samples=6, max_new_tokens=24,
@@ -1343,7 +1345,8 @@ def test_reward_model_judge_and_answers_used_again(tmp_path, capsys):
     for row in rows:
         expected = 1 + 1 / (1 + math.exp(row["score_1"] - row["score_2"]))
         assert row["preference"] == pytest.approx(expected)
-    assert {row["generator_2"] for row in rows} == {"sft"} and rows[0]["generator_1"] == "sft-baseline"
+    assert {row["generator_2"] for row in rows} == {"sft"}
+    assert rows[0]["generator_1"] == "sft-baseline"
     assert any(row["output_1"] != row["output_2"] for row in rows)           # their own luck
     with open(tmp_path / "out/sft.json") as f:
         answers = json.load(f)
