@@ -223,7 +223,7 @@ def prepare_world(*paths):
         dist.barrier()
 
 
-# -- Plumbing. One GPU or many: the same code on 1 and N ranks, under `python` and under `torchrun` 
+# -- Plumbing. One GPU or many: the same code on 1 and N ranks -------------------------------------
 def setup():
     """Join the process group (a group of one without torchrun) and pick this rank's device."""
     hf_logging.set_verbosity_error()
