@@ -18,6 +18,7 @@ resumed, or moved to another number of GPUs, and draws the same noise; masks com
 critic's head starts at zero. Two defaults are the embedded world's and not the paper's:
 --reward_scale total and --missing_eos_reward -3 (the paper: none and 0).
 """
+import functools
 import inspect
 import json
 import math
@@ -198,10 +199,16 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
     return tokens * mask, logprobs * mask, lengths
 
 
+@functools.cache
+def side_stream():
+    """The same for every recording: a new one would hold memory of its own."""
+    return torch.cuda.Stream()
+
+
 def cuda_graph(step):
     """Run a step, record the next without running it, return its replay: one launch for a thousand
     kernels."""
-    stream = torch.cuda.Stream()
+    stream = side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
