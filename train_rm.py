@@ -425,6 +425,8 @@ def main(cfg):
     model.hf.config.segment_cutoff = cfg.cutoff
     model.hf.config.segment_model = cfg.model
     model.hf.config.pad_token_id = tokenizer.pad_token_id            # that class looks for it
+    if tokenizer.pad_token_id is None:
+        model.hf.config.pad_token_id = tokenizer.eos_token_id
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     trained = {"reward_model": (model, optimizer)}
     first_step = begin_run(cfg, trained)
