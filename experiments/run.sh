@@ -19,67 +19,93 @@ export WORLD_FLAGS=${WORLD_FLAGS:-} RM_FLAGS=${RM_FLAGS:-} PPO_FLAGS=${PPO_FLAGS
 export JUDGE=data/reviews/prepare.py
 
 # --------------------------------------------------------------------------------------------------
-# what is run: DRAW NAME SEED REWARD_MODEL flags...
+# what is run, in this order: DRAW WORLD NAME SEED REWARD_MODEL flags...
 # --------------------------------------------------------------------------------------------------
-few() { seq $((DRAWS < 3 ? DRAWS : 3)); }            # the draws of the ablations
+draws() { seq "$1" $((DRAWS < $2 ? DRAWS : $2)); }
 
-reward_models() {
-    for d in $(seq "$DRAWS"); do
-        for g in segment token bandit; do echo "$d rm-$g 0 - --granularity $g"; done
-    done
-    for d in $(few); do
-        for c in .5 3; do echo "$d rm-cutoff$c 0 - --cutoff $c"; done
+methods() {    # FIRST_DRAW LAST_DRAW SEED
+    for d in $(draws "$1" "$2"); do
+        for kl in .03 .1 .01; do for g in segment token bandit; do
+            echo "$d plain $g-kl$kl $3 rm-$g --kl_coef $kl"
+        done; done
+        # the oracle: true clause values, given segment by segment or as one number
+        for g in segment bandit; do
+            echo "$d plain oracle-$g-kl.03 $3 oracle --granularity $g --cutoff 1"
+        done
     done
 }
-policies() {
-    for kl in .03 .1 .01; do for s in 0 1; do for d in $(seq "$DRAWS"); do
-        for g in segment token bandit; do echo "$d $g-kl$kl $s rm-$g --kl_coef $kl"; done
-    done; done; done
-    # the oracle: true clause values, given segment by segment or as one number
-    for s in 0 1; do for d in $(seq "$DRAWS"); do for g in segment bandit; do
-        echo "$d oracle-$g-kl.03 $s oracle --granularity $g --cutoff 1"
-    done; done; done
-    # ablations, to compare with segment-kl.03
-    for d in $(few); do
-        for n in global last none; do echo "$d normalizer-$n 0 rm-segment --normalizer $n"; done
-        for i in repeat end; do echo "$d interpolation-$i 0 rm-segment --interpolation $i"; done
-        for c in .5 3; do echo "$d cutoff$c 0 rm-cutoff$c"; done
-        echo "$d segment-as-bandit 0 rm-segment --granularity bandit"
-        echo "$d bandit-as-segment 0 rm-bandit --granularity segment --cutoff 1"
-        echo "$d paper-scale 0 rm-segment --reward_scale none --kl_coef .01"
+amounts() {    # of preference data; 4,400 pairs are the plain world's
+    for d in $(draws 1 3); do for pairs in 1000 12000; do
+        for run in segment-kl.03 token-kl.1 bandit-kl.01; do
+            echo "$d pairs$pairs pairs$pairs-$run 0 rm-${run%-*} --kl_coef ${run#*-kl}"
+        done
+    done; done
+}
+lengths() {    # of responses; 12 clauses are the plain world's
+    for d in $(draws 1 3); do for clauses in 4 24; do
+        for run in segment-kl.03 token-kl.1 bandit-kl.01 segment-kl.1 token-kl.3 bandit-kl.03; do
+            echo "$d clauses$clauses clauses$clauses-$run 0 rm-${run%-*} --kl_coef ${run#*-kl}" \
+                "--max_new_tokens $((10 * clauses + 4))"
+        done
+    done; done
+}
+ablations() {  # to compare with segment-kl.03
+    for d in $(draws 1 3); do
+        for n in global last none; do echo "$d plain normalizer-$n 0 rm-segment --normalizer $n"; done
+        for i in repeat end; do echo "$d plain interpolation-$i 0 rm-segment --interpolation $i"; done
+        for c in .5 3; do echo "$d plain cutoff$c 0 rm-cutoff$c"; done
+        echo "$d plain segment-as-bandit 0 rm-segment --granularity bandit"
+        echo "$d plain bandit-as-segment 0 rm-bandit --granularity segment --cutoff 1"
+        echo "$d plain paper-scale 0 rm-segment --reward_scale none --kl_coef .01"
     done
 }
 
 # --------------------------------------------------------------------------------------------------
 # how it is run
 # --------------------------------------------------------------------------------------------------
+folder() { if [ "$2" = plain ]; then echo "$OUT/draw$1"; else echo "$OUT/draw$1-$2"; fi; }
 missing() {  # of the runs on stdin, those that are wanted and have no line yet
-    while read -r draw name seed rest; do
+    while read -r draw world name seed rest; do
         [[ $name =~ $ONLY ]] || continue
         grep -qF "\"name\": \"$name\", \"draw\": $draw, \"seed\": $seed," "$RESULTS" ||
-            echo "$draw $name $seed $rest"
+            echo "$draw $world $name $seed $rest"
     done
 }
 collect() { python experiments/collect.py "$@" "$RESULTS"; }
 
-world() {  # DRAW
-    [ -e "$OUT/draw$1/world.json" ] ||
-        python $JUDGE --out "$OUT/draw$1" --seed "$1" $WORLD_FLAGS > "$OUT/draw$1.log" 2>&1 ||
-        { echo "failed: $OUT/draw$1.log"; exit 255; }        # 255: xargs, and so this script, stops
+world() {         # DRAW WORLD
+    local w; w=$(folder "$@")
+    local flags=''
+    case $2 in
+        pairs*) flags="--pairs ${2#pairs}" ;;
+        clauses*) flags="--clauses ${2#clauses}" ;;
+    esac
+    [ -e "$w/world.json" ] ||
+        python $JUDGE --out "$w" --seed "$1" $flags $WORLD_FLAGS > "$w.log" 2>&1 ||
+        { echo "failed: $w.log"; exit 255; }             # 255: xargs, and so this script, stops
 }
-reward_model() {  # DRAW NAME SEED - flags...
-    local w=$OUT/draw$1 draw=$1 name=$2 seed=$3
-    shift 4
+reward_model() {  # DRAW WORLD NAME
+    local w draw=$1 world=$2 name=$3 flags
+    w=$(folder "$draw" "$world")
+    case $name in
+        rm-cutoff*) flags="--cutoff ${name#rm-cutoff}" ;;
+        *) flags="--granularity ${name#rm-}" ;;
+    esac
+    [ "$world" != clauses24 ] || flags+=" --max_tokens 384"
+    [ "$world" = plain ] || name=$world-$name
+    ! grep -qF "\"name\": \"$name\", \"draw\": $draw," "$RESULTS" || [ ! -e "$w/$3/model" ] || return 0
     { python train_rm.py --model "$w/sft" --data "$w/pairs.jsonl" \
-          --eval_data "$w/pairs_test.jsonl" --out "$w/$name" --seed "$seed" --save_every 1000 \
-          --resume true "$@" $RM_FLAGS &&
-      collect "$w/$name" "$name" "$draw" "$seed" "$*"
-    } > "$w/$name.log" 2>&1 || { echo "failed: $w/$name.log"; exit 255; }
+          --eval_data "$w/pairs_test.jsonl" --out "$w/$3" --save_every 1000 \
+          --resume true $flags $RM_FLAGS &&
+      collect "$w/$3" "$name" "$draw" 0 "$flags"
+    } > "$w/$3.log" 2>&1 || { echo "failed: $w/$3.log"; exit 255; }
 }
-policy() {  # DRAW NAME SEED REWARD_MODEL flags...
-    local w=$OUT/draw$1 draw=$1 name=$2 seed=$3 model=$OUT/draw$1/$4/model
-    [ "$4" != oracle ] || model=$JUDGE:clause_values
-    shift 4
+policy() {        # DRAW WORLD NAME SEED REWARD_MODEL flags...
+    local w draw=$1 name=$3 seed=$4 model
+    w=$(folder "$1" "$2")
+    model=$w/$5/model
+    [ "$5" != oracle ] || model=$JUDGE:clause_values
+    shift 5
     { python train_ppo.py --model "$w/sft" --data "$w/prompts.jsonl" --reward_model "$model" \
           --calibration_data "$w/pairs_test.jsonl" --gold $JUDGE:gold_reward --seed "$seed" \
           --out "$w/$name-s$seed" --save_every 1000 --sample_every 1000 --resume true "$@" \
@@ -87,18 +113,23 @@ policy() {  # DRAW NAME SEED REWARD_MODEL flags...
       collect "$w/$name-s$seed" "$name" "$draw" "$seed" "$*"
     } > "$w/$name-s$seed.log" 2>&1 || echo "failed: $w/$name-s$seed.log"
 }
-export -f collect world reward_model policy
-in_parallel() { xargs -r -d '\n' -P "$JOBS" -I{} bash -c "$1 {}"; }
+export -f folder collect world reward_model policy
+in_parallel() { sed '/^$/d' | xargs -r -d '\n' -P "$JOBS" -I{} bash -c "$1 {}"; }
+
+stage() {         # the runs on stdin: first their worlds, then their reward models, then they
+    local todo; todo=$(missing)
+    cut -d' ' -f1-2 <<< "$todo" | sort -u | in_parallel world
+    cut -d' ' -f1,2,5 <<< "$todo" | { grep -v oracle || true; } | sort -u | in_parallel reward_model
+    in_parallel policy <<< "$todo"
+}
 
 mkdir -p "$OUT"
 touch "$RESULTS"
-todo=$(policies | missing)
-# reward models without a line, and those that a policy still needs
-needed=$(reward_models | while read -r draw name seed rest; do
-    if grep -q "^$draw .* $name\( \|$\)" <<< "$todo"; then echo "$draw $name $seed $rest"; fi
-done)
-models=$({ reward_models | missing; echo "$needed"; } | sed '/^$/d' | sort -u)
-{ echo "$todo"; echo "$models"; } | sed '/^$/d' | cut -d' ' -f1 | sort -u | in_parallel world
-echo "$models" | sed '/^$/d' | in_parallel reward_model
-echo "$todo" | sed '/^$/d' | in_parallel policy
+methods 1 3 0 | stage
+amounts | stage
+lengths | stage
+methods 1 3 1 | stage
+ablations | stage
+methods 4 5 0 | stage
+methods 4 5 1 | stage
 echo "$(wc -l < "$RESULTS") lines in $RESULTS"

@@ -2,9 +2,11 @@
 
     python data/reviews/prepare.py                            # a minute on two CPU cores; writes beside this file
     python data/reviews/prepare.py --out /tmp/reviews1 --seed 1
+    python data/reviews/prepare.py --out /tmp/reviews24 --clauses 24   # every prompt then says "use 24 clauses."
 
 There is no source text: everything grows from the tables below and a seed. A user asks for a review of a phone, a
-laptop, a tablet or a watch; the ideal answer is twelve clauses, all kind, all about what this thing has. Writes
+laptop, a tablet or a watch; the ideal answer is twelve clauses (or as many as the request says), all kind, all about
+what this thing has. Writes
     sft/                               a tiny Llama whose reviews are half grumpy and a quarter off-topic
     pairs.jsonl, pairs_test.jsonl      two of its answers, at temperature 1 and 1.5, labelled by a noisy judge
     prompts.jsonl, prompts_test.jsonl  {"prompt": "what should i know about this shiny watch?"}
@@ -42,7 +44,8 @@ PHRASES = (  # a row per aspect, from value -2 to 2; thing i has the aspects 2i 
      "screen ~ lights up when you touch it", "brightness ~ wins against the sun", "pixels ~ look so good i cried"),
     ("rain ~ killed it in one minute", "splashes ~ make it angry", "water ~ stays outside",    # 7: tablet, watch
      "showers ~ do it no harm at all", "fish ~ asked me where to buy one"))
-CLAUSES, MAX_NEW_TOKENS = 12, 124  # room for 12 of the longest clauses (10 tokens), EOS, and a little air
+CLAUSES = 12                       # of a review, unless the request ends with HOW_MANY
+HOW_MANY = "use {} clauses."
 ON_TOPIC_PROB = 0.75               # of a clause in the SFT texts
 LABEL_BETA = 8.0                   # Bradley-Terry: P(a is chosen) = sigmoid(beta * (gold of a - gold of b))
 PAIR_TEMPERATURES = (1.0, 1.5)     # with both at 1, reward models see too little and get over-optimised
@@ -67,17 +70,29 @@ def aspects_of(prompt):
     return [(2 * THINGS.index(mentioned[-1]) + j) % len(PHRASES) for j in range(4)]
 
 
-def write_prompt(rng):
-    """A user's request, one sentence or two. rng: random.Random."""
+def clauses_of(prompt):
+    """How many clauses a prompt (or rendered conversation) asks for: the truth knows it from there alone."""
+    asked = re.findall(HOW_MANY.format(r"(\d+)"), prompt)
+    return int(asked[-1]) if asked else CLAUSES
+
+
+def max_new_tokens(clauses):
+    """Room for that many of the longest clauses (10 tokens), EOS, and a little air."""
+    return 10 * clauses + 4
+
+
+def write_prompt(rng, clauses=CLAUSES):
+    """A user's request, one to three sentences. rng: random.Random."""
     thing = f"{rng.choice(OWNERS)} {rng.choice(ADJECTIVES)} {rng.choice(THINGS)}"
-    return f"{rng.choice(REQUESTS).format(thing)} {rng.choice(TAILS)}".strip()
+    how_many = HOW_MANY.format(clauses) if clauses != CLAUSES else ""
+    return " ".join(f"{rng.choice(REQUESTS).format(thing)} {rng.choice(TAILS)} {how_many}".split())
 
 
 def write_response(rng, prompt):
-    """An SFT text: 12 independent clauses of any value, 3/4 of them on-topic. rng: random.Random."""
+    """An SFT text: independent clauses of any value, 3/4 of them on-topic. rng: random.Random."""
     on = aspects_of(prompt)
     off = [aspect for aspect in range(len(PHRASES)) if aspect not in on]
-    aspects = [rng.choice(on if rng.random() < ON_TOPIC_PROB else off) for _ in range(CLAUSES)]
+    aspects = [rng.choice(on if rng.random() < ON_TOPIC_PROB else off) for _ in range(clauses_of(prompt))]
     phrases = [rng.choice(PHRASES[aspect]) for aspect in aspects]
     return " ".join(phrase.replace("~", rng.choices(ADVERBS, ADVERB_PROBS)[0]) + "." for phrase in phrases)
 
@@ -101,7 +116,7 @@ def judge_clauses(prompt, response):
         words = split_words(sentence)
         clause, end = " ".join(words), end + len(words)
         aspect, value = MEANING.get(clause, (None, -2))
-        if len(judged) >= CLAUSES:
+        if len(judged) >= clauses_of(prompt):
             value, kind = -1, "surplus"
         elif aspect is None:
             kind = "malformed"
@@ -118,38 +133,42 @@ def clause_values(prompt, response):
     """Worth and place of every clause: [(value, end)], end = index of its full stop among the response's tokens.
 
     The value is the phrase's own (-2 to 2) if the thing has that aspect, else 3 less; 0 for an exact repeat, -2 if
-    malformed, -1 beyond the twelfth clause. response: text without EOS. ValueError: no thing in the prompt.
+    malformed, -1 beyond the clauses asked for. response: text without EOS. ValueError: no thing in the prompt.
     """
     return [(value, end) for value, end, _ in judge_clauses(prompt, response)]
 
 
 def gold_reward(prompt, response, finished=True):
-    """The true reward: the clauses' values, and -1 for each missing clause, summed, over 12; 1 less without EOS.
+    """The true reward: the clauses' values, and -1 for each missing clause, summed, over the clauses asked for
+    (twelve); 1 less without EOS.
 
     prompt: the user's text or a rendered conversation; response: text without EOS; finished: whether EOS ended it.
     Returns a float, at most 1.67; the SFT model's mean is about -.72. ValueError: no thing in the prompt.
     """
     values = [value for value, _ in clause_values(prompt, response)]
-    return (sum(values) - max(0, CLAUSES - len(values))) / CLAUSES - (not finished)
+    asked = clauses_of(prompt)
+    return (sum(values) - max(0, asked - len(values))) / asked - (not finished)
 
 
 def describe(prompts, responses, finished):
-    """Means over B responses (gold, finished, length in tokens, twelve: has 12 clauses) and shares of clauses
-    (off_topic, repeat, malformed, surplus), as a dict. Takes three lists of B; finished holds bools."""
+    """Means over B responses (gold, finished, length in tokens, complete: as many clauses as asked for) and shares
+    of clauses (off_topic, repeat, malformed, surplus), as a dict. Takes three lists of B; finished holds bools."""
     judged = [judge_clauses(prompt, response) for prompt, response in zip(prompts, responses)]
     kinds, mean = [kind for clauses in judged for _, _, kind in clauses], lambda xs: sum(xs) / len(responses)
     return {"gold": mean(map(gold_reward, prompts, responses, finished)), "finished": mean(finished),
             "length": mean(len(split_words(text)) for text in responses),
-            "twelve": mean(len(clauses) == CLAUSES for clauses in judged),
+            "complete": mean(len(clauses) == clauses_of(prompt) for prompt, clauses in zip(prompts, judged)),
             **{k: kinds.count(k) / max(1, len(kinds)) for k in ("off_topic", "repeat", "malformed", "surplus")}}
 
 
 # -----------------------------------------------------------------------------
 # the SFT model and its tokenizer
 # -----------------------------------------------------------------------------
-def build_tokenizer():
+def build_tokenizer(clauses=CLAUSES):
     """One token per word or punctuation mark. Decoding glues marks to the word before, encoding parts them."""
     table = " ".join([*sum(PHRASES, ()), *REQUESTS, *OWNERS, *ADJECTIVES, *TAILS, *THINGS, *ADVERBS])
+    if clauses != CLAUSES:
+        table += " " + HOW_MANY.format(clauses)
     words = sorted(set(split_words(table)) - set("~{}"))
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIALS, *words])}, unk_token="<unk>"))
     parts = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
@@ -193,8 +212,9 @@ def train_sft(tokenizer, texts, cfg):
 @torch.no_grad()
 def sample(model, tokenizer, prompts, temperatures, generator, rows=256):
     """One response to each of B prompts, `rows` at a time. temperatures: (B,); generator: torch.Generator.
-    Returns (B texts without EOS, B bools: whether EOS came within MAX_NEW_TOKENS)."""
+    Returns (B texts without EOS, B bools: whether EOS came within max_new_tokens)."""
     eos, ids = tokenizer.eos_token_id, [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    limit = max_new_tokens(max(map(clauses_of, prompts)))
     banned = [i for i in tokenizer.all_special_ids if i != eos]
     groups = {}  # prompts of one length go together, so that there are no pads
     for b in range(len(ids)):
@@ -204,7 +224,7 @@ def sample(model, tokenizer, prompts, temperatures, generator, rows=256):
     for chunk in tqdm(chunks, desc="sampling responses", mininterval=1):
         last, cache, new = torch.tensor([ids[b] for b in chunk]), None, []                            # (B, P)
         done = torch.zeros(len(chunk), 1, dtype=torch.bool)
-        while len(new) < MAX_NEW_TOKENS and not done.all():
+        while len(new) < limit and not done.all():
             out = model(input_ids=last, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache, logits = out.past_key_values, out.logits[:, -1] / temperatures[chunk, None]        # (B, V)
             logits[:, banned] = -math.inf
@@ -222,12 +242,12 @@ def sample(model, tokenizer, prompts, temperatures, generator, rows=256):
 # -----------------------------------------------------------------------------
 # texts -> SFT model -> responses -> labels -> files
 # -----------------------------------------------------------------------------
-def sample_pairs(model, tokenizer, n, key):
+def sample_pairs(model, tokenizer, n, clauses, key):
     """n preference pairs (rows of a .jsonl file) and a dict of measurements; the string `key` fixes every draw."""
     rng, rows, stats = random.Random(key), [], None
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
     while (B := n - len(rows)) > 0:
-        prompts = [write_prompt(rng) for _ in range(B)]
+        prompts = [write_prompt(rng, clauses) for _ in range(B)]
         temperatures = torch.tensor(PAIR_TEMPERATURES).repeat_interleave(B)                           # (2B,)
         texts, finished = sample(model, tokenizer, prompts * 2, temperatures, generator)
         stats = stats or describe(prompts, texts[:B], finished[:B])  # temperature 1, before any pair is dropped
@@ -253,18 +273,18 @@ def main(cfg):
     start, out = time.time(), Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "world.json").unlink(missing_ok=True)  # from here on the world is incomplete
-    tokenizer, rng = build_tokenizer(), random.Random(f"{cfg.seed} texts")
-    prompts = [write_prompt(rng) for _ in range(cfg.texts)]
+    tokenizer, rng = build_tokenizer(cfg.clauses), random.Random(f"{cfg.seed} texts")
+    prompts = [write_prompt(rng, cfg.clauses) for _ in range(cfg.texts)]
     model = train_sft(tokenizer, [(prompt, write_response(rng, prompt)) for prompt in prompts], cfg)
     model.save_pretrained(out / "sft")
     tokenizer.save_pretrained(out / "sft")
 
     for name in ("prompts_test", "prompts", "pairs_test", "pairs"):
         if name.startswith("pairs"):
-            rows, stats = sample_pairs(model, tokenizer, getattr(cfg, name), f"{cfg.seed} {name}")
+            rows, stats = sample_pairs(model, tokenizer, getattr(cfg, name), cfg.clauses, f"{cfg.seed} {name}")
         else:
             rng = random.Random(f"{cfg.seed} {name}")
-            rows = [{"prompt": write_prompt(rng)} for _ in range(getattr(cfg, name))]
+            rows = [{"prompt": write_prompt(rng, cfg.clauses)} for _ in range(getattr(cfg, name))]
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     world = {**vars(cfg), "vocabulary": len(tokenizer), "parameters": model.num_parameters(), **stats}
@@ -272,7 +292,7 @@ def main(cfg):
     (out / "world.json.part").write_text(json.dumps(world, indent=2) + "\n")
     (out / "world.json.part").rename(out / "world.json")
     print("A sampled review: {}\nWrote {} in {:.0f} s. Reviews sampled at temperature 1: mean gold {gold:.2f}, "
-          "{finished:.1%} end with EOS, {twelve:.1%} have twelve clauses, mean length {length:.0f} tokens; "
+          "{finished:.1%} end with EOS, {complete:.1%} have all clauses, mean length {length:.0f} tokens; "
           "{off_topic:.1%} of their clauses are off-topic, {repeat:.1%} repeats, {malformed:.1%} malformed. "
           "The chosen response has the higher gold in {label_agreement:.1%} of the pairs."
           .format(rows[0]["chosen"][1]["content"], out, time.time() - start, **stats))
@@ -284,8 +304,8 @@ def parse(args=None):
     parser = argparse.ArgumentParser(description="Write the embedded world of product reviews.")
     parser.error = lambda message: parser.exit(2, f"prepare.py: {message}\n")
     defaults = dict(out=str(Path(__file__).resolve().parent), seed=0, texts=3000, epochs=3, batch_size=16, lr=5e-3,
-                    pairs=4400, pairs_test=400, prompts=2000, prompts_test=200)  # all but out shape the world
-    for name, default in defaults.items():
+                    clauses=CLAUSES, pairs=4400, pairs_test=400, prompts=2000, prompts_test=200)
+    for name, default in defaults.items():  # all but out shape the world
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default {default}")
     cfg = parser.parse_args(args)
     if bad := [name for name in [*defaults][2:] if not 0 < getattr(cfg, name) < math.inf]:
