@@ -30,7 +30,7 @@ import torch.distributed as dist
 from transformers import AutoConfig
 
 from segment import (WORLD, Dtype, Granularity, LanguageModel, compute_dtype, encode_chats,
-                     encode_prompts, fail, in_world, is_finished, load_model, load_prompts,
+                     encode_prompts, fail, in_world, load_model, load_prompts,
                      load_tokenizer, map_rows, opt, parse, prepare_world, prompt_text,
                      rank, read_config, read_rows, response_mask, say, segment_ends, segment_texts,
                      sequence_score, setup, trained_how)
@@ -203,7 +203,7 @@ def judge_by_reward_model(cfg, pairs, device):
     if granularity == "segment":
         sft = load_model(find_segment_model(cfg, tokenizer), LanguageModel, device, dtype)
         _, entropy = map_rows(sft, rows, cfg.micro_tokens, device, "entropies")          # (2n, R)
-    mask, finished = response_mask(rows, device), is_finished(rows, stops).to(device)
+    mask, finished = response_mask(rows, stops, device)                      # (2n, R), (2n,)
     ends = segment_ends(entropy, mask, finished, cutoff, granularity)                    # (2n, R)
     scores = sequence_score(scalars, ends).tolist()                                      # (2n,)
     for n, pair in enumerate(pairs):

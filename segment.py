@@ -355,10 +355,12 @@ def pad(rows, device):
     return pad_sequence(whole, batch_first=True).long().to(device), *lengths.unbind(1)
 
 
-def response_mask(rows, device):
-    """bool (B, R): True on the tokens of each response"""
-    lengths = torch.tensor([len(r) for _, r in rows], device=device)                     # (B,)
-    return torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+def response_mask(rows, stops, device):
+    """bool (B, R), True on the tokens of each response, and bool (B,), does a stop token end it?"""
+    lengths = torch.tensor([len(r) for _, r in rows])                                    # (B,)
+    last = torch.tensor([int(r[-1]) for _, r in rows])                                   # (B,)
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]                           # (B, R)
+    return mask.to(device), torch.isin(last, stops).to(device)
 
 
 @torch.no_grad()
@@ -585,11 +587,6 @@ def encode_chats(tokenizer, stops, chats, max_tokens, max_prompt_tokens):
     return rows
 
 
-def is_finished(rows, stops):
-    """bool (B,): does the response end with a stop token?"""
-    return torch.isin(torch.tensor([int(r[-1]) for _, r in rows]), stops)
-
-
 def segment_texts(tokenizer, ids, ends):
     """The text of each segment, and of what follows the last one. Prefixes are decoded, because a
     token that is decoded alone loses its space."""
@@ -629,7 +626,7 @@ def main(cfg):
 
     model = load_model(cfg.model, LanguageModel, device, compute_dtype(cfg.dtype, device))
     _, entropy = map_rows(model, rows, cfg.micro_tokens, device, "entropies")            # (B, R)
-    mask, finished = response_mask(rows, device), is_finished(rows, stops).to(device)
+    mask, finished = response_mask(rows, stops, device)                        # (B, R), (B,)
     content = segment_ends(entropy, mask, finished, 0.0, "token")                        # (B, R)
     tokens = int(content.sum())
     if cfg.target_length:         # a segment ends at each high entropy, and once at each last token

@@ -171,7 +171,7 @@ def test_spread_rewards_is_a_loop_over_segments(how, granularity):
 def test_what_a_reward_model_gives_when_it_is_used_at_another_granularity(own, use, want):
     """Five tokens: segments end at 1 and 3, the EOS is token 4."""
     entropy, scalars = torch.tensor([[0., 3, 0, 0, 0], [9, 2, 9, 4, 7]])[:, None]
-    rewards, ends = train_rm.rewards_at_ends(scalars, entropy, entropy > -1,
+    rewards, ends = train_rm.place_rewards(scalars, entropy, entropy > -1,
                                              torch.tensor([True]), 1.0, own, use)
     assert rewards[0].tolist() == want and rewards[ends].tolist() == [x for x in want if x]
 
@@ -423,7 +423,7 @@ def test_what_is_too_long_loses_the_prompts_oldest_and_the_responses_newest(fami
         (a, r), (b, s), *_ = segment.encode_chats(tokenizer, stops, chats * 2, max_tokens, 10)
         assert a.tolist() == b.tolist() == [1, *p[-9:]]
         assert r.tolist() == short[:room].tolist() and s.tolist() == long[:room].tolist()
-        assert segment.is_finished([(a, r)], stops).all() == (room == 9)
+        assert segment.response_mask([(a, r)], stops, CPU)[1].all() == (room == 9)
         assert "2 of 2 prompts were cut" in capsys.readouterr().out
     for limit, bos, want in ((8, 1, range(1, 9)), (3, 1, [1, 7, 8]), (3, 7, [6, 7, 8])):
         assert segment.cut_prompt(np.arange(1, 9), limit, bos).tolist() == list(want)
@@ -966,7 +966,7 @@ def held_out(n=0):
         for side in (0, 1):
             for value, end in prepare.clause_values(prompt[0]["content"], responses[side]):
                 gold[2 * i + side, end] = value
-    mask, finished = segment.response_mask(rows, CPU), segment.is_finished(rows, stops)
+    mask, finished = segment.response_mask(rows, stops, CPU)
     return pairs, rows, gold, entropy, mask, finished
 
 

@@ -37,13 +37,13 @@ from torch import nn
 from transformers.cache_utils import Cache, StaticLayer
 
 from segment import (WORLD, Dtype, Granularity, LanguageModel, compute_dtype, encode_chats,
-                     encode_prompts, fail, in_world, is_finished, load_model, load_pairs,
+                     encode_prompts, fail, in_world, load_model, load_pairs,
                      load_prompts, load_tokenizer, map_rows, micro_batches, opt, pad, paint, parse,
                      prepare_world, prompt_text, rank, read_config, response_mask, say,
                      segment_locations, segment_texts, sequence_score, setup, special_tokens,
                      trained_how)
 from train_rm import (Normalizer, ScalarModel, begin_run, finish_run, fit_normalizer, learning_rate,
-                      log_metrics, look_at_run, rewards_at_ends, save, shuffled, token_rewards)
+                      log_metrics, look_at_run, place_rewards, save, shuffled, token_rewards)
 
 
 @dataclass
@@ -413,8 +413,7 @@ class Reward:
 
     def at_ends(self, rows, texts, sft_entropy):
         """Rewards and segment ends, (B, R), of B (prompt ids, response ids); texts: B prompts."""
-        mask = response_mask(rows, self.device)                                          # (B, R)
-        finished = is_finished(rows, self.stops)                                         # (B,)
+        mask, finished = response_mask(rows, self.stops, self.device)            # (B, R), (B,)
         if not self.function:
             scalars = map_rows(self.model, rows, self.cfg.micro_tokens, self.device, "rewards")
         else:
@@ -431,8 +430,7 @@ class Reward:
                     fail(f"--reward_model: a segment ends at {end} of {len(response)} tokens")
                 if self.use == "bandit":
                     scalars[b] = sum(value for value, _ in segments) / max(1, len(segments))
-        return rewards_at_ends(scalars, sft_entropy, mask, finished.to(self.device), self.cutoff,
-                               self.own, self.use)
+        return place_rewards(scalars, sft_entropy, mask, finished, self.cutoff, self.own, self.use)
 
     def calibrate(self, reference):
         """The normaliser and the scale: published (--fit), kept by the run to resume, or fitted
@@ -454,7 +452,7 @@ class Reward:
                             cfg.max_prompt_tokens + cfg.max_new_tokens, cfg.max_prompt_tokens)
         _, sft_entropy = map_rows(reference, rows, cfg.micro_tokens, self.device, "calibration")
         rewards, ends = self.at_ends(rows, texts, sft_entropy)                           # (2n, R)
-        mask = response_mask(rows, self.device)
+        mask, _ = response_mask(rows, self.stops, self.device)
         normalizer, S = calibrate(rewards, ends, mask, cfg.normalizer, self.how)
         fit = {name: round(value, 3) for name, value in normalizer.to_dict().items()}
         say(f"calibrated on {source}, {len(rows)} responses: {fit}, S {S:.3g}")
@@ -559,8 +557,7 @@ def main(cfg):
         responses = [t[:n] for t, n in zip(tokens, lengths.tolist())]
         rows = [(prompts[i], response) for i, response in zip(drawn, responses)]
         texts = [prompt_text(chats[i]) for i in drawn]
-        mask = response_mask(rows, device)                                               # (B, R)
-        finished = is_finished(rows, stops).to(device)                                   # (B,)
+        mask, finished = response_mask(rows, stops, device)                      # (B, R), (B,)
 
         # 2. score: the models read the rows; every rank gets all results, (B, R) each -------------
         time_score = time.time()

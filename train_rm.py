@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from transformers import AutoModelForSequenceClassification
 
 from segment import (WORLD, Dtype, Granularity, LanguageModel, compute_dtype, encode_chats, fail,
-                     in_world, is_finished, load_model, load_pairs, load_tokenizer, map_rows,
+                     in_world, load_model, load_pairs, load_tokenizer, map_rows,
                      micro_batches, opt, pad, parse, prepare_world, rank, read_config, read_rows,
                      response_mask, say, segment_ends, segment_locations, sequence_score, setup)
 
@@ -198,7 +198,7 @@ def spread_rewards(rewards_at_ends, ends, mask, how):
     return share.gather(1, segment) * mask
 
 
-def rewards_at_ends(scalars, sft_entropy, mask, finished, cutoff, own, use):
+def place_rewards(scalars, sft_entropy, mask, finished, cutoff, own, use):
     """What PPO rewards, and where, when a reward model trained on `own` segments is used on `use`.
     scalars, sft_entropy, mask: (B, R); finished: (B,). Returns rewards and ends, (B, R). Used as
     bandit: the sequence score at the last token; else the scalars at the ends of `use`."""
@@ -432,7 +432,7 @@ def main(cfg):
     first_step = begin_run(cfg, trained)
 
     def ends_of(rows, entropy):
-        mask, finished = response_mask(rows, device), is_finished(rows, stops).to(device)
+        mask, finished = response_mask(rows, stops, device)
         return segment_ends(entropy, mask, finished, cfg.cutoff, cfg.granularity)        # (B, R)
 
     def accuracy_held_out():

@@ -64,7 +64,7 @@ def decode(world, ours):
     prompts = [random.integers(4, 1024, n) for n in random.integers(32, 97, 64)]
     P = max(len(p) for p in prompts)
     ids = torch.stack([torch.from_numpy(np.pad(p, (P - len(p), 0))) for p in prompts])   # (B, P)
-    for turn in range(6):
+    for turn in range(4):
         began = time.time()
         if ours:
             seeds = [(turn, b) for b in range(64)]

@@ -17,7 +17,7 @@ ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
 from data.reviews.prepare import clause_values  # noqa: E402
-from segment import (LanguageModel, encode_chats, is_finished, load_model, load_pairs,  # noqa: E402
+from segment import (LanguageModel, encode_chats, load_model, load_pairs,  # noqa: E402
                      load_tokenizer, map_rows, response_mask, segment_ends, setup)
 from train_rm import ScalarModel  # noqa: E402
 
@@ -42,7 +42,7 @@ def against_truth(reward_model, config):
             for value, end in clause_values(prompt[-1]["content"], response):
                 worth[2 * pair + side, end] = value
     clause_end = ~worth.isnan()                                                          # (B, R)
-    mask, finished = response_mask(rows, device), is_finished(rows, stops).to(device)
+    mask, finished = response_mask(rows, stops, device)                      # (B, R), (B,)
 
     f1 = {}
     for cutoff in CUTOFFS:

@@ -1,12 +1,10 @@
 """Tables and pictures of the experiment, from experiments/results.jsonl alone (needs matplotlib).
 
-    python experiments/figures.py                        # prints the tables, draws learning.png
-    python experiments/figures.py response [OUT.png]     # the README's first picture
+    python experiments/figures.py [RESULTS.jsonl]        # tables, and beside it four pictures
 
 In the tables "final" is the mean over the last 5 iterations, and ± is the standard deviation over
 draws of the mean over PPO seeds. Any part of the experiment that has not been run is left out.
 """
-import argparse
 import json
 import os
 import sys
@@ -15,14 +13,14 @@ from collections import defaultdict
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
-sys.path.insert(0, ROOT)
 
 METHODS = ("segment", "token", "bandit")
-COLORS = {"segment": "tab:red", "token": "tab:blue", "bandit": "tab:gray"}
-COEFFICIENTS = (".01", ".03", ".1")
+COLORS = {"segment": "tab:red", "token": "tab:blue", "bandit": "tab:gray",
+          "oracle-segment": "black", "oracle-bandit": "black"}
+COEFFICIENTS = (".01", ".03", ".1", ".3")
 FIRST, AT_20, FINAL = ("gold", 0, 1), ("gold", 18, 21), ("gold", -5, None)       # iterations
 FINAL_KL = ("kl", -5, None)
+SAME_KL = {"segment": ".03", "token": ".1", "bandit": ".01"}         # these end at a similar KL
 
 
 # --------------------------------------------------------------------------------------------------
@@ -40,15 +38,8 @@ def read_results(path):
     return policies, reward_models
 
 
-# --------------------------------------------------------------------------------------------------
-# tables
-# --------------------------------------------------------------------------------------------------
-def mean_of(run, key, start, stop):
-    return np.mean(run[key][start:stop])
-
-
-def scale_of(run):
-    return run["scale"]
+def mean_of(run, key, start=None, stop=None):
+    return np.mean(run[key][start:stop] if start or stop else run[key])
 
 
 def gold_within(run, limit):
@@ -66,9 +57,36 @@ def by_draw(draws, measure, *args):
     return means
 
 
+def only_first(draws):
+    """Draws 1 to 3 with PPO seed 0: all that amounts, lengths and ablations have."""
+    few = {}
+    for draw, seeds in draws.items():
+        first = [run for run in seeds if run["seed"] == 0]
+        if draw <= 3 and first:
+            few[draw] = first
+    return few
+
+
+def gain_within(policies, world, method, limit):
+    """{draw: gold gained over the first iteration at KL ≤ limit}, at the better coefficient."""
+    gains = []
+    for coefficient in COEFFICIENTS:
+        draws = only_first(policies.get(f"{world}{method}-kl{coefficient}", {}))
+        reached = by_draw(draws, gold_within, limit)
+        gains.append(difference(reached, by_draw(draws, mean_of, *FIRST)))
+    return max(gains, key=average)
+
+
+# --------------------------------------------------------------------------------------------------
+# numbers and tables
+# --------------------------------------------------------------------------------------------------
 def average(values):
     """Over draws; nothing is worst."""
     return np.mean([*values.values()]) if values else -np.inf
+
+
+def deviation(values):
+    return np.std([*values.values()], ddof=1) if len(values) > 1 else 0.0
 
 
 def difference(a, b):
@@ -79,7 +97,7 @@ def cell(values, form="+.2f"):
     """{draw: number} -> mean ± deviation"""
     text = format(average(values), form) if values else "–"
     if len(values) > 1:
-        text += " ± " + format(np.std([*values.values()], ddof=1), form.strip("+"))
+        text += " ± " + format(deviation(values), form.strip("+"))
     return text
 
 
@@ -90,142 +108,196 @@ def table(header, rows):
         print("| " + " | ".join(row) + " |")
 
 
-def tables(policies, reward_models):
-    def of(name, *where):
-        return by_draw(policies[name], mean_of, *where)
-
-    best, rows = {}, []                                  # best: the coefficient of each method
+def method_tables(policies):
+    """Prints two tables; returns the KL coefficient at which each method ends highest."""
+    best, rows = {}, []
     for method in METHODS:
-        golds = {kl: of(f"{method}-kl{kl}", *FINAL) for kl in COEFFICIENTS}
-        best[method] = max(COEFFICIENTS, key=lambda kl: average(golds[kl]))
+        golds = {}
+        for kl in COEFFICIENTS[:3]:
+            golds[kl] = by_draw(policies[f"{method}-kl{kl}"], mean_of, *FINAL)
+        best[method] = max(golds, key=lambda kl: average(golds[kl]))
         rows.append([method] + [cell(gold) for gold in golds.values()])
-    table(["final gold at KL coefficient", *COEFFICIENTS], rows)
+    table(["final gold at KL coefficient", *COEFFICIENTS[:3]], rows)
 
-    rows = []
+    rows, limits = [], (3, 4, 6, 8)
     for method in (*METHODS, "oracle-segment", "oracle-bandit"):
         coefficient = best.get(method, ".03")
-        name = f"{method}-kl{coefficient}"
-        row = [f"{method} ({coefficient})", str(len(policies[name]))]
+        draws = policies[f"{method}-kl{coefficient}"]
+        row = [f"{method} ({coefficient})", str(len(draws))]
         for where in (FIRST, AT_20, FINAL):
-            row.append(cell(of(name, *where)))
-        row.append(cell(of(name, *FINAL_KL), ".1f"))
-        for limit in (3, 4, 6):                          # at whichever coefficient is best there
+            row.append(cell(by_draw(draws, mean_of, *where)))
+        row.append(cell(by_draw(draws, mean_of, *FINAL_KL), ".1f"))
+        for limit in limits:                             # at whichever coefficient is best there
             reached = []
             for kl in COEFFICIENTS:
                 reached.append(by_draw(policies[f"{method}-kl{kl}"], gold_within, limit))
             row.append(cell(max(reached, key=average)))
         rows.append(row)
     table(["reward (best KL coefficient)", "draws", "gold, first iteration", "at iteration 20",
-           "final", "final KL", "best gold at KL ≤ 3", "≤ 4", "≤ 6"], rows)
+           "final", "final KL", "best gold at KL ≤ 3", "≤ 4", "≤ 6", "≤ 8"], rows)
 
     rows = []
     for ahead, behind in (("segment", "bandit"), ("segment", "token"),
                           ("oracle-segment", "oracle-bandit")):
         row = [f"{ahead} ahead of {behind}"]
         for where in (AT_20, FINAL):
-            a = of(f"{ahead}-kl.03", *where)
-            b = of(f"{behind}-kl.03", *where)
-            row.append(cell(difference(a, b)))
+            a = by_draw(policies[f"{ahead}-kl.03"], mean_of, *where)
+            b = by_draw(policies[f"{behind}-kl.03"], mean_of, *where)
+            gap = difference(a, b)
+            row.append(cell(gap))
+            if gap:
+                row[-1] += f" ({min(gap.values()):+.2f} to {max(gap.values()):+.2f})"
         rows.append(row)
     table(["gold, difference (KL coefficient .03)", "at iteration 20", "final"], rows)
+    return best
 
-    for draw, seeds in policies["segment-kl.03"].items():            # ablations have one seed, 0
-        policies["plain"][draw] = [run for run in seeds if run["seed"] == 0]
-    plain = by_draw(policies.pop("plain", {}), mean_of, *FINAL)
+
+def amount_table(policies, reward_models):
+    rows = []
+    for pairs, world in ((1000, "pairs1000-"), (4400, ""), (12000, "pairs12000-")):
+        for method, coefficient in SAME_KL.items():
+            draws = only_first(policies[f"{world}{method}-kl{coefficient}"])
+            row = [f"{pairs:,}", f"{method} ({coefficient})", str(len(draws))]
+            lines = [line for line in reward_models[f"{world}rm-{method}"] if line["draw"] in draws]
+            for key in ("accuracy", "correlation"):
+                row.append(cell({line["draw"]: line[key] for line in lines}, ".2f"))
+            row.append(cell(by_draw(draws, mean_of, *FINAL)))
+            row.append(cell(by_draw(draws, mean_of, *FINAL_KL), ".1f"))
+            rows.append(row)
+    table(["pairs", "reward (KL coefficient)", "draws", "held-out accuracy",
+           "correlation with clause values", "final gold", "final KL"], rows)
+
+
+def length_table(policies, reward_models):
+    rows = []
+    for clauses, world in ((4, "clauses4-"), (12, ""), (24, "clauses24-")):
+        for method, coefficient in SAME_KL.items():
+            draws = only_first(policies[f"{world}{method}-kl{coefficient}"])
+            row = [str(clauses), method, str(len(draws))]
+            lines = [line for line in reward_models[f"{world}rm-{method}"] if line["draw"] in draws]
+            row.append(cell({line["draw"]: line["accuracy"] for line in lines}, ".2f"))
+            for limit in (2, 4, 6):
+                row.append(cell(gain_within(policies, world, method, limit)))
+            gained = difference(by_draw(draws, mean_of, *FINAL), by_draw(draws, mean_of, *FIRST))
+            row.append(cell(gained))
+            row.append(cell(by_draw(draws, mean_of, *FINAL_KL), ".1f"))
+            rows.append(row)
+    table(["clauses", "reward", "draws", "held-out accuracy", "gold gained at KL ≤ 2", "≤ 4",
+           "≤ 6", "gained at the end", "KL at the end"], rows)
+
+
+def ablation_table(policies):
+    plain = by_draw(only_first(policies["segment-kl.03"]), mean_of, *FINAL)
     rows = []
     for name in sorted(policies):
         if "-kl" not in name:
-            gap = difference(of(name, *FINAL), plain)
-            kl = of(name, *FINAL_KL)
+            gap = difference(by_draw(policies[name], mean_of, *FINAL), plain)
+            kl = by_draw(policies[name], mean_of, *FINAL_KL)
             rows.append([name, str(len(gap)), cell(gap), cell(kl, ".1f")])
     table(["change (to segment-kl.03)", "draws", "final gold, difference", "final KL"], rows)
 
+
+def reward_model_tables(policies, reward_models):
     rows = []
     for name, lines in sorted(reward_models.items()):
         row = [name, str(len(lines))]
         for key in ("accuracy", "correlation"):
-            values = {line["draw"]: line[key] for line in lines}
-            row.append(cell(values, ".2f"))
+            row.append(cell({line["draw"]: line[key] for line in lines}, ".2f"))
         method = name.removeprefix("rm-")
-        scales = by_draw(policies[f"{method}-kl.03"], scale_of)
-        row.append(cell(scales, ".1f"))
+        row.append(cell(by_draw(policies.get(f"{method}-kl.03", {}), mean_of, "scale"), ".1f"))
         rows.append(row)
     table(["reward model", "draws", "held-out accuracy", "correlation with clause values", "S"],
           rows)
     lines = reward_models["rm-segment"]
     rows = []
     for cutoff in lines[0]["f1"] if lines else ():
-        values = {line["draw"]: line["f1"][cutoff] for line in lines}
-        rows.append([cutoff, cell(values, ".3f")])
+        rows.append([cutoff, cell({line["draw"]: line["f1"][cutoff] for line in lines}, ".3f")])
     table(["cutoff", "boundary F1 against clause ends"], rows)
-    return best
 
 
 # --------------------------------------------------------------------------------------------------
 # pictures
 # --------------------------------------------------------------------------------------------------
-def curves(policies, name, key):
-    """(iterations,) mean and deviation over draws and seeds"""
-    runs = np.array([run[key] for seeds in policies[name].values() for run in seeds])
-    return runs.mean(0), runs.std(0)
+def draw_learning(axes, policies, best):
+    """Gold by iteration: mean over draws, and as a band their deviation, as in the table."""
+    for reward in ("oracle-segment", *METHODS, "oracle-bandit"):
+        coefficient = best.get(reward, ".03")
+        draws = policies[f"{reward}-kl{coefficient}"]
+        means = [np.mean([run["gold"] for run in seeds], 0) for seeds in draws.values()]
+        if not means:
+            continue
+        x = np.arange(1, len(means[0]) + 1)
+        gold, over = np.mean(means, 0), np.std(means, 0, ddof=min(1, len(means) - 1))
+        oracle = reward.startswith("oracle")
+        label = reward.replace("oracle-", "true values, by ") if oracle else f"{reward} rewards"
+        style = dict(color=COLORS[reward], ls="--" if oracle else "-", lw=1.2 if oracle else 2)
+        axes.plot(x, gold, label=f"{label} (KL coefficient {coefficient})", **style)
+        axes.fill_between(x, gold - over, gold + over, color=COLORS[reward], alpha=.12, lw=0)
+    axes.set(xlabel="PPO iteration", ylabel="true reward", xlim=(1, None))
+    axes.legend(frameon=False, fontsize=10)
 
 
-def picture(path, policies, reward_models, best):
-    """learning.png: gold by iteration, gold by KL, learned against true rewards of clauses."""
-    import matplotlib.pyplot as plt
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4))
-    for name in policies:
-        if "-kl" not in name or not policies[name]:
-            continue
-        reward, coefficient = name.split("-kl")
-        gold, deviation = curves(policies, name, "gold")
-        x = np.arange(1, len(gold) + 1)
-        if "oracle" in reward:
-            style = "k--" if "segment" in reward else "k:"
-            left.plot(x, gold, style, lw=1, label=f"{reward} ({coefficient})")
-            continue
-        color, strength = COLORS[reward], (COEFFICIENTS.index(coefficient) + 1) / 3
-        if coefficient == best[reward]:
-            left.plot(x, gold, color=color, label=f"{reward} ({coefficient})")
-            left.fill_between(x, gold - deviation, gold + deviation, color=color, alpha=.15, lw=0)
-        middle.plot(curves(policies, name, "kl")[0], gold, color=color, alpha=strength,
-                    label=f"{reward} ({coefficient})")
-    left.set(title="gold reward: mean, deviation over runs", xlabel="PPO iteration")
-    middle.set(title="gold reward against KL", xlabel="KL to the SFT model, nats a response")
-    for axes in (left, middle):
-        if axes.lines:
-            axes.legend(fontsize=7, title="reward (KL coefficient)", title_fontsize=7)
+def draw_gold_by_kl(axes, policies):
+    """A point is a KL coefficient: final gold and KL, with deviations over draws."""
+    for method in METHODS:
+        points = []
+        for coefficient in COEFFICIENTS:
+            draws = policies.get(f"{method}-kl{coefficient}")
+            if draws:
+                gold, kl = by_draw(draws, mean_of, *FINAL), by_draw(draws, mean_of, *FINAL_KL)
+                points.append((average(kl), average(gold), deviation(kl), deviation(gold)))
+                axes.annotate(coefficient, points[-1][:2], (5, 5), textcoords="offset points")
+        if points:
+            x, y, x_error, y_error = np.transpose(points)
+            axes.errorbar(x, y, y_error, x_error, color=COLORS[method], marker="o", capsize=3,
+                          label=f"{method} rewards")
+    axes.set(xlabel="KL to the SFT model at the end, nats a response", ylabel="true reward")
+    axes.legend(frameon=False)
+
+
+def draw_gain_by_length(axes, policies, limit=4):
+    for shift, method in zip((-.25, 0, .25), METHODS):
+        points = []
+        for clauses, world in ((4, "clauses4-"), (12, ""), (24, "clauses24-")):
+            gain = gain_within(policies, world, method, limit)
+            if gain:
+                points.append((clauses + shift, average(gain), deviation(gain)))
+        if points:
+            x, y, error = np.transpose(points)
+            axes.errorbar(x, y, error, color=COLORS[method], marker="o", capsize=3, label=method)
+    axes.set(xlabel="clauses in a response", xticks=(4, 12, 24),
+             ylabel=f"true reward gained at KL ≤ {limit}")
+    axes.legend(frameon=False)
+
+
+def draw_truth(axes, reward_models):
     boxes, keys = [], ("whislo", "q1", "med", "q3", "whishi")
     for line in reward_models["rm-segment"][:1]:
         for value, quantiles in line["by_value"].items():
             boxes.append({"label": value} | dict(zip(keys, quantiles)))
-    right.bxp(boxes, showfliers=False)
-    right.set(title="learned reward of a clause (5, 25, 50, 75, 95 %)", xlabel="its gold value")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    axes.bxp(boxes, showfliers=False)
+    axes.set(xlabel="true value of a clause", ylabel="learned reward (5, 25, 50, 75, 95 %)")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", default=f"{HERE}/results.jsonl")
-    commands = parser.add_subparsers(dest="command")
-    one = commands.add_parser("response", help="draw one response")
-    one.add_argument("picture", nargs="?", default=f"{ROOT}/assets/segments.png")
-    one.add_argument("--model", default=f"{ROOT}/data/reviews/sft")
-    one.add_argument("--reward_model", default=f"{ROOT}/out/rm/model")
-    one.add_argument("--data", default=f"{ROOT}/data/reviews/pairs_test.jsonl")
-    one.add_argument("--row", type=int, default=4, help="the chosen response of this row")
-    args = parser.parse_args()
-    if args.command == "response":
-        from response import draw_response
-        return draw_response(args)
-    policies, reward_models = read_results(args.results)
-    if not policies:
-        sys.exit(f"{args.results}: no results yet; run experiments/run.sh")
-    folder = os.path.dirname(os.path.abspath(args.results))
-    best = tables(policies, reward_models)
-    picture(f"{folder}/learning.png", policies, reward_models, best)
+    results = sys.argv[1] if len(sys.argv) > 1 else f"{HERE}/results.jsonl"
+    folder = os.path.dirname(os.path.abspath(results))
+    policies, reward_models = read_results(results)
+    best = method_tables(policies)
+    amount_table(policies, reward_models)
+    length_table(policies, reward_models)
+    ablation_table(policies)
+    reward_model_tables(policies, reward_models)
+
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
+    for name, draw, *what in (("learning", draw_learning, policies, best),
+                              ("gold-vs-kl", draw_gold_by_kl, policies),
+                              ("length", draw_gain_by_length, policies),
+                              ("truth", draw_truth, reward_models)):
+        figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+        draw(axes, *what)
+        figure.savefig(f"{folder}/{name}.png", dpi=110)
 
 
 if __name__ == "__main__":

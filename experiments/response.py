@@ -1,14 +1,24 @@
-"""Draw a response, its segments coloured by their rewards: `figures.py response` calls this."""
+"""Draw a response, its segments coloured by their rewards: python experiments/response.py
+
+It takes the chosen response of one row of --data; the README's first picture is that of row 4.
+"""
+import argparse
+import os
+import sys
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import FancyBboxPatch
 
-from segment import (LanguageModel, encode_chats, is_finished, load_model, load_pairs,
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from segment import (LanguageModel, encode_chats, load_model, load_pairs,  # noqa: E402
                      load_tokenizer, map_rows, response_mask, segment_ends, segment_texts, setup,
                      trained_how)
-from train_rm import ScalarModel
+from train_rm import ScalarModel  # noqa: E402
 
 LEFT, RIGHT, LINE_HEIGHT = 20, 784, 50                   # pixels
 INK, GREY = "#1f2328", "#6e7781"
@@ -24,8 +34,7 @@ def draw_response(args):
     _, entropy = map_rows(sft, rows, 16384, device)                                      # (1, R)
     model = load_model(args.reward_model, ScalarModel, device, torch.float32)
     scalars = map_rows(model, rows, 16384, device)                                       # (1, R)
-    mask = response_mask(rows, device)                                                   # (1, R)
-    finished = is_finished(rows, stops).to(device)                                       # (1,)
+    mask, finished = response_mask(rows, stops, device)                      # (1, R), (1,)
     ends = segment_ends(entropy, mask, finished, cutoff, granularity)[0].tolist()
     tokens = segment_texts(tokenizer, rows[0][1], np.ones(len(ends)))                    # R texts
     n_content = len(ends) - int(finished)
@@ -88,3 +97,14 @@ def paint(path, prompt, tokens, ends, entropy, scalars, cutoff):
     axes.set(xlim=(0, 800), ylim=(y + 16, 0))
     axes.axis("off")
     figure.savefig(path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", nargs="?", default=f"{ROOT}/assets/segments.png")
+    parser.add_argument("--model", default=f"{ROOT}/data/reviews/sft")
+    parser.add_argument("--reward_model", default=f"{ROOT}/out/rm/model")
+    parser.add_argument("--data", default=f"{ROOT}/data/reviews/pairs_test.jsonl")
+    parser.add_argument("--row", type=int, default=4)
+    draw_response(parser.parse_args())
