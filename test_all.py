@@ -896,9 +896,14 @@ def test_a_gradient_that_is_not_finite_leaves_the_checkpoint(tmp_path, capsys, r
 def test_with_own_data_the_last_pairs_are_held_out_and_named(tmp_path, capsys):
     with open(f"{WORLD}/pairs.jsonl") as f:
         (tmp_path / "own.jsonl").write_text("".join(f.readlines()[:100]))
-    own = f"{tmp_path}/own.jsonl"
-    rm(tmp_path / "out", "--data", own, "--max_samples", "0", "--max_steps", "1")
+    own, sft = f"{tmp_path}/own.jsonl", shutil.copytree(SFT, f"{tmp_path}/sft")
+    tokenizer, _ = segment.load_tokenizer(sft)
+    tokenizer.pad_token = None                           # as Llama-3.1's
+    tokenizer.save_pretrained(sft)
+    rm(tmp_path / "out", "--data", own, "--max_samples", "0", "--max_steps", "1", "--model", sft)
     assert f"98 pairs to train, 2 held out ({own}:train[98:100])" in capsys.readouterr().out
+    plain = AutoModelForSequenceClassification.from_pretrained(f"{tmp_path}/out/model")
+    assert plain(torch.ones(2, 5, dtype=torch.long)).logits.shape == (2, 1)      # takes a batch
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
@@ -950,6 +955,11 @@ def test_gold_rewards_by_hand(response, finished, values, gold):
     prompt = "tell me about my new phone."
     assert [value for value, _ in prepare.clause_values(prompt, response)] == values
     assert prepare.gold_reward(prompt, response, finished) == pytest.approx(gold)
+    # a request for another number of clauses says so, and the truth knows it from there
+    missing = max(0, 4 - len(values))
+    of_four = [-1 if i >= 4 else value for i, value in enumerate(values)]
+    assert prepare.gold_reward(f"{prompt} use 4 clauses.", response, finished) == pytest.approx(
+        (sum(of_four) - missing) / 4 - (not finished))
 
 
 def held_out(n=0):

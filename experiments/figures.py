@@ -38,8 +38,8 @@ def read_results(path):
     return policies, reward_models
 
 
-def mean_of(run, key, start=None, stop=None):
-    return np.mean(run[key][start:stop] if start or stop else run[key])
+def mean_of(run, key, start, stop):
+    return np.mean(run[key][start:stop])
 
 
 def gold_within(run, limit):
@@ -204,7 +204,8 @@ def reward_model_tables(policies, reward_models):
         for key in ("accuracy", "correlation"):
             row.append(cell({line["draw"]: line[key] for line in lines}, ".2f"))
         method = name.removeprefix("rm-")
-        row.append(cell(by_draw(policies.get(f"{method}-kl.03", {}), mean_of, "scale"), ".1f"))
+        draws = policies.get(f"{method}-kl.03", {})
+        row.append(cell({draw: seeds[0]["scale"] for draw, seeds in draws.items()}, ".1f"))
         rows.append(row)
     table(["reward model", "draws", "held-out accuracy", "correlation with clause values", "S"],
           rows)
