@@ -81,7 +81,9 @@ def outcomes(preferences):
 
 def standard_error(x):
     """Of the mean of x, (n,), in percent"""
-    return 100 * float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else math.nan
+    if len(x) < 2:
+        return math.nan
+    return 100 * float(x.std(ddof=1)) / math.sqrt(len(x))
 
 
 def win_rate(preferences):
@@ -92,7 +94,8 @@ def win_rate(preferences):
     """
     y = outcomes(preferences)
     y = y[~np.isnan(y)]
-    wins, losses = int((y > 0.5).sum()), int((y < 0.5).sum())
+    wins = int((y > 0.5).sum())
+    losses = int((y < 0.5).sum())
     draws = len(y) - wins - losses
     return {"win_rate": 100 * float(y.mean()), "standard_error": standard_error(y),
             "n_wins": wins, "n_wins_base": losses, "n_draws": draws, "n_total": len(y),
@@ -105,8 +108,10 @@ def design(preferences, len_baseline, len_model, difficulty, constant):
     y = outcomes(preferences)
     there = ~np.isnan(y)
     D = np.subtract(len_baseline, len_model, dtype=np.float64)                           # (n,)
-    varies = np.ptp(D[there]) > 0
-    columns = [np.tanh(D / D[there].std(ddof=1)) if varies else np.zeros(len(D))]
+    t = np.zeros(len(D))                                                                 # (n,)
+    if np.ptp(D[there]) > 0:
+        t = np.tanh(D / D[there].std(ddof=1))
+    columns = [t]
     if difficulty is not None:
         columns.append(np.asarray(difficulty, dtype=np.float64)[:len(y)])    # row i has the i-th
     columns.append(np.full(len(D), constant))
@@ -126,7 +131,8 @@ def logistic_fit(x, y, weight):
         hessian = (x.T * (weight * p * (1 - p))) @ x                                     # (k, k)
         step = np.linalg.lstsq(hessian, x.T @ (weight * (y - p)), rcond=None)[0]
         # a full step can overshoot: at most 3 logits at a time
-        w = w + step * min(1, 3 / (1e-9 + np.abs(x @ step).max()))
+        largest = np.abs(x @ step).max()
+        w = w + step * min(1, 3 / (1e-9 + largest))
         if np.abs(x @ w).max() > 25:
             return None, None
         if np.abs(step).max() < 1e-10:
@@ -210,7 +216,8 @@ def judge_by_reward_model(cfg, pairs, device):
         pair["score_1"], pair["score_2"] = scores[2 * n:2 * n + 2]
         if cfg.html and n < 100 and granularity != "bandit":             # to be shaded on the page
             i = 2 * n + 1
-            texts = segment_texts(tokenizer, rows[i][1], ends[i, :len(rows[i][1])].cpu())
+            response = rows[i][1]
+            texts = segment_texts(tokenizer, response, ends[i, :len(response)].cpu())
             pair["segments"] = list(zip(texts, scalars[i, ends[i]].tolist()))
         yield pair, 1 + float(sigmoid(pair["score_2"] - pair["score_1"]))
 
@@ -267,7 +274,8 @@ def judge_by_chat_model(cfg, pairs, device):
             if not len(differ):
                 fail(f"--judge {cfg.judge}: its tokenizer does not know the letters A and B")
             logprobs, _ = map_rows(model, rows, cfg.micro_tokens, device)                # (4b, R)
-            p = logprobs[:, differ[0]].view(-1, 2, 2).softmax(-1)[..., 1]                # (b, 2)
+            letters = logprobs[:, differ[0]].view(-1, 2, 2)                # (b, 2 orders, A and B)
+            p = letters.softmax(-1)[..., 1]                                              # (b, 2)
             yield from zip(block, both_orders(p[:, 0], p[:, 1]).tolist())
 
 
@@ -367,10 +375,12 @@ def judge_pairs(cfg, judge, pairs, device):
     for n, (pair, preference) in enumerate(judge(cfg, todo, device), 1):
         pair["preference"] = preference
         if costly and preference is not None and rank() == 0:
-            row = {**pair, "judge": name}
+            row = {"judge": name, "preference": preference}
+            for column in KEY[1:]:
+                row[column] = pair[column]
             os.makedirs(cfg.out, exist_ok=True)
             with open(path, "a") as f:           # newline first: a torn line costs one verdict
-                f.write("\n" + json.dumps({column: row[column] for column in (*KEY, "preference")}))
+                f.write("\n" + json.dumps(row))
         if n % 100 == 0:
             say(f"{n} of {len(todo)} verdicts")
 
@@ -391,7 +401,8 @@ FILE = r"\.jsonl?(\.gz)?$"
 
 def name_of(source):
     """What files and tables call it: out/ppo/model -> ppo, results/claude.json -> claude"""
-    return re.sub(FILE, "", os.path.basename(source.rstrip("/").removesuffix("/model")))
+    folder = source.rstrip("/").removesuffix("/model")
+    return re.sub(FILE, "", os.path.basename(folder))
 
 
 def read_answers(path, prompts):
@@ -408,7 +419,9 @@ def answer(cfg, source, name, prompts, side, device):
     OUT/NAME.json with what they were made by. side (0 baseline, 1 policy): whose random draws."""
     if re.search(FILE, source):
         return read_answers(source, prompts)
-    path, R, dtype = f"{cfg.out}/{name}.json", cfg.max_new_tokens, compute_dtype(cfg.dtype, device)
+    path = f"{cfg.out}/{name}.json"
+    R = cfg.max_new_tokens
+    dtype = compute_dtype(cfg.dtype, device)
     made_by = (f"{fingerprint(source)}, {dtype}, {cfg.max_prompt_tokens} + {R} tokens, temperature "
                f"{cfg.temperature}, seed {cfg.seed}, side {side}")
     rows = read_answers(path, prompts) if os.path.exists(path) else []
@@ -471,7 +484,8 @@ def columns_of(rows):
 
 def figures(policies, difficulty, gamed):
     """{policy: its annotations} -> {policy: its row of alpaca_eval's leaderboard}, printed"""
-    table, warnings, wide = {}, [], max(len("policy"), *map(len, policies))
+    table, warnings = {}, []
+    wide = max(len("policy"), *map(len, policies))
     variants = [(*columns_of(rows), difficulty) for rows in gamed.values()]
     say(f"\n{'policy':{wide}}    win rate      length-controlled  wins/draws/losses  characters"
         "    mean score")
@@ -483,7 +497,8 @@ def figures(policies, difficulty, gamed):
         except ValueError as error:
             fail(f"{name}: {error}")
         rate, rate_error = lc.values()
-        counts, score = f"{row['n_wins']}/{row['n_draws']}/{row['n_wins_base']}", "-"
+        counts = f"{row['n_wins']}/{row['n_draws']}/{row['n_wins_base']}"
+        score = "-"
         if rows[0].get("score_2") is not None:
             scores = np.mean([(pair["score_2"], pair["score_1"]) for pair in rows], 0)
             score = "{:+.3f} vs {:+.3f}".format(*scores)

@@ -167,7 +167,10 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
         keep = live.nonzero()[:, 0]                          # here the CPU waits for the GPU
         if not len(keep):
             break
-        row, live, token, position = row[keep], live[keep], token[keep], position[keep]
+        row = row[keep]
+        live = live[keep]
+        token = token[keep]
+        position = position[keep]
         mask = F.pad(mask[keep], (0, block), value=1)
         for layer in cache.layers:
             layer.max_cache_len += block
@@ -194,7 +197,8 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
         logprobs[row, first:first + steps] = block_logprobs[:steps].T
 
     stop = (tokens[..., None] == stops).any(-1)                                          # (B, R)
-    lengths = torch.where(stop.any(1), stop.int().argmax(1) + 1, max_new_tokens)         # (B,)
+    first_stop = stop.int().argmax(1)                                                    # (B,)
+    lengths = torch.where(stop.any(1), first_stop + 1, max_new_tokens)                   # (B,)
     mask = torch.arange(max_new_tokens, device=device) < lengths[:, None]                # (B, R)
     return tokens * mask, logprobs * mask, lengths
 
@@ -538,7 +542,8 @@ def main(cfg):
     B = cfg.rollout_batch_size
     steps = cfg.max_steps or max(1, cfg.passes * len(prompts) // B)
     updates = cfg.ppo_epochs * B // cfg.batch_size           # in an iteration
-    prompt_order = shuffled(len(prompts), math.ceil(steps * B / len(prompts)), cfg.seed, 0)
+    passes = math.ceil(steps * B / len(prompts))
+    prompt_order = shuffled(len(prompts), passes, cfg.seed, 0)
     say(f"{steps} iterations x {B} responses on {ranks} x {device.type}, in each {updates} updates "
         f"x {cfg.batch_size} responses")
     say(f"{reward.own} reward used as {reward.use}, cutoff {reward.cutoff}, scale {scale:.3g}")
@@ -575,7 +580,8 @@ def main(cfg):
         # 4. update: each minibatch is one optimizer step of actor and critic ----------------------
         time_train = time.time()
         row_lengths = [len(p) + len(r) for p, r in rows]
-        sums, norms = torch.zeros(3, device=device), torch.zeros(2, device=device)
+        sums = torch.zeros(3, device=device)                 # of losses and clipped shares
+        norms = torch.zeros(2, device=device)                # of the gradients
         first_ratio = torch.ones((), device=device)          # 1 + its largest distance from 1
         order = shuffled(B, cfg.ppo_epochs, cfg.seed, 2, step)
         for update, minibatch in enumerate(order.reshape(updates, cfg.batch_size)):
@@ -621,13 +627,15 @@ def main(cfg):
         n = int(mask.sum())
         policy_mean, value_mean, clip_fraction = (sums / (cfg.ppo_epochs * B)).tolist()
         actor_norm, critic_norm = (norms / updates).tolist()
-        unexplained = (returns - values)[mask].var() / returns[mask].var().clamp(min=1e-12)
+        error = (returns - values)[mask]                                                 # (N,)
+        unexplained = error.var() / returns[mask].var().clamp(min=1e-12)
         gap = (logprobs - sampled_logprobs[:, :mask.shape[1]]).abs().max()
         time_end = time.time()
         row = {
             "step": done, "reward": float(sequence_score(rewards, ends).mean()),
-            "reward_total": float(dense.sum(1).mean()), "kl": float(kl.sum(1).mean()),
-            "kl_per_token": float(kl.sum() / n), "response_length": n / B, "response_tokens": n,
+            "reward_total": float(dense.sum(1).mean()),
+            "kl": float(kl.sum(1).mean()), "kl_per_token": float(kl.sum() / n),
+            "response_length": n / B, "response_tokens": n,
             "segment_length": n / max(1, int(ends.sum())),
             "finished": float(finished.float().mean()),
             # after each token but the last, that is where the next one was decided on

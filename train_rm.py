@@ -447,13 +447,14 @@ def main(cfg):
     # ----------------------------------------------------------------------------------------------
     # training: Bradley-Terry on the mean of the segment rewards
     # ----------------------------------------------------------------------------------------------
+    lengths = np.array([len(p) + len(r) for p, r in rows]).reshape(pairs, 2)
     began = time.time()
     for step in range(first_step, steps):
         started = time.time()
         minibatch = order[step * cfg.batch_size:(step + 1) * cfg.batch_size]
-        lengths = [2 * max(len(p) + len(r) for p, r in rows[2 * i:2 * i + 2]) for i in minibatch]
         sums = torch.zeros(2, device=device)             # of losses, of pairs ranked right
-        for micro in micro_batches(lengths, cfg.micro_tokens, ranks)[rank()::ranks]:
+        padded = 2 * lengths[minibatch].max(1)               # (batch_size,) tokens of a pair
+        for micro in micro_batches(padded, cfg.micro_tokens, ranks)[rank()::ranks]:
             mb = [rows[2 * i + side] for i in minibatch[micro] for side in (0, 1)]       # 2b rows
             batch = pad(mb, device)
             scalars = model(*batch)                                                      # (2b, R)
@@ -477,7 +478,7 @@ def main(cfg):
         done = step + 1
         dist.all_reduce(sums)
         loss, accuracy = (sums / cfg.batch_size).tolist()
-        tokens = sum(len(p) + len(r) for i in minibatch for p, r in rows[2 * i:2 * i + 2])
+        tokens = int(lengths[minibatch].sum())
         seconds = time.time() - started
         row = {"step": done, "loss": loss, "accuracy": accuracy, "grad_norm": float(grad_norm),
                "lr": lr, "time_step": seconds, "tokens_per_second": tokens / seconds}
