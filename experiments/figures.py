@@ -17,6 +17,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 METHODS = ("segment", "token", "bandit")
 COLORS = {"segment": "tab:red", "token": "tab:blue", "bandit": "tab:gray",
           "oracle-segment": "black", "oracle-bandit": "black"}
+ORACLES = {"oracle-segment": ("true values, one by one", "--"),
+           "oracle-bandit": ("true values, as one number", ":")}
 COEFFICIENTS = (".01", ".03", ".1", ".3")
 FIRST, AT_20, FINAL = ("gold", 0, 1), ("gold", 18, 21), ("gold", -5, None)       # iterations
 FINAL_KL = ("kl", -5, None)
@@ -200,6 +202,8 @@ def ablation_table(policies):
 def reward_model_tables(policies, reward_models):
     rows = []
     for name, lines in sorted(reward_models.items()):
+        if not lines:
+            continue
         row = [name, str(len(lines))]
         for key in ("accuracy", "correlation"):
             row.append(cell({line["draw"]: line[key] for line in lines}, ".2f"))
@@ -229,11 +233,11 @@ def draw_learning(axes, policies, best):
             continue
         x = np.arange(1, len(means[0]) + 1)
         gold, over = np.mean(means, 0), np.std(means, 0, ddof=min(1, len(means) - 1))
-        oracle = reward.startswith("oracle")
-        label = reward.replace("oracle-", "true values, by ") if oracle else f"{reward} rewards"
-        style = dict(color=COLORS[reward], ls="--" if oracle else "-", lw=1.2 if oracle else 2)
-        axes.plot(x, gold, label=f"{label} (KL coefficient {coefficient})", **style)
-        axes.fill_between(x, gold - over, gold + over, color=COLORS[reward], alpha=.12, lw=0)
+        label, style = ORACLES.get(reward, (f"{reward} rewards", "-"))
+        axes.plot(x, gold, style, color=COLORS[reward], lw=2 if style == "-" else 1.2,
+                  label=f"{label} (KL coefficient {coefficient})")
+        if style == "-":
+            axes.fill_between(x, gold - over, gold + over, color=COLORS[reward], alpha=.15, lw=0)
     axes.set(xlabel="PPO iteration", ylabel="true reward", xlim=(1, None))
     axes.legend(frameon=False, fontsize=10)
 
