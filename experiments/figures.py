@@ -15,8 +15,7 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 METHODS = ("segment", "token", "bandit")
-COLORS = {"segment": "tab:red", "token": "tab:blue", "bandit": "tab:gray",
-          "oracle-segment": "black", "oracle-bandit": "black"}
+COLORS = {"segment": "tab:red", "token": "tab:blue", "bandit": "tab:gray"}
 ORACLES = {"oracle-segment": ("true values, one by one", "--"),
            "oracle-bandit": ("true values, as one number", ":")}
 COEFFICIENTS = (".01", ".03", ".1", ".3")
@@ -121,7 +120,7 @@ def method_tables(policies):
         rows.append([method] + [cell(gold) for gold in golds.values()])
     table(["final gold at KL coefficient", *COEFFICIENTS[:3]], rows)
 
-    rows, limits = [], (3, 4, 6, 8)
+    rows = []
     for method in (*METHODS, "oracle-segment", "oracle-bandit"):
         coefficient = best.get(method, ".03")
         draws = policies[f"{method}-kl{coefficient}"]
@@ -129,7 +128,7 @@ def method_tables(policies):
         for where in (FIRST, AT_20, FINAL):
             row.append(cell(by_draw(draws, mean_of, *where)))
         row.append(cell(by_draw(draws, mean_of, *FINAL_KL), ".1f"))
-        for limit in limits:                             # at whichever coefficient is best there
+        for limit in (3, 4, 6, 8):                             # at whichever coefficient is best there
             reached = []
             for kl in COEFFICIENTS:
                 reached.append(by_draw(policies[f"{method}-kl{kl}"], gold_within, limit))
@@ -199,7 +198,7 @@ def ablation_table(policies):
     table(["change (to segment-kl.03)", "draws", "final gold, difference", "final KL"], rows)
 
 
-def reward_model_tables(policies, reward_models):
+def reward_model_table(policies, reward_models):
     rows = []
     for name, lines in sorted(reward_models.items()):
         if not lines:
@@ -213,11 +212,6 @@ def reward_model_tables(policies, reward_models):
         rows.append(row)
     table(["reward model", "draws", "held-out accuracy", "correlation with clause values", "S"],
           rows)
-    lines = reward_models["rm-segment"]
-    rows = []
-    for cutoff in lines[0]["f1"] if lines else ():
-        rows.append([cutoff, cell({line["draw"]: line["f1"][cutoff] for line in lines}, ".3f")])
-    table(["cutoff", "boundary F1 against clause ends"], rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -234,12 +228,11 @@ def draw_learning(axes, policies, best):
         x = np.arange(1, len(means[0]) + 1)
         gold, over = np.mean(means, 0), np.std(means, 0, ddof=min(1, len(means) - 1))
         label, style = ORACLES.get(reward, (f"{reward} rewards", "-"))
-        axes.plot(x, gold, style, color=COLORS[reward], lw=2 if style == "-" else 1.2,
+        axes.plot(x, gold, style, color=COLORS.get(reward, "black"), lw=2 if style == "-" else 1.2,
                   label=f"{label} (KL coefficient {coefficient})")
         if style == "-":
             axes.fill_between(x, gold - over, gold + over, color=COLORS[reward], alpha=.15, lw=0)
     axes.set(xlabel="PPO iteration", ylabel="true reward", xlim=(1, None))
-    axes.legend(frameon=False, fontsize=10)
 
 
 def draw_gold_by_kl(axes, policies):
@@ -257,7 +250,6 @@ def draw_gold_by_kl(axes, policies):
             axes.errorbar(x, y, y_error, x_error, color=COLORS[method], marker="o", capsize=3,
                           label=f"{method} rewards")
     axes.set(xlabel="KL to the SFT model at the end, nats a response", ylabel="true reward")
-    axes.legend(frameon=False)
 
 
 def draw_gain_by_length(axes, policies, limit=4):
@@ -272,7 +264,6 @@ def draw_gain_by_length(axes, policies, limit=4):
             axes.errorbar(x, y, error, color=COLORS[method], marker="o", capsize=3, label=method)
     axes.set(xlabel="clauses in a response", xticks=(4, 12, 24),
              ylabel=f"true reward gained at KL ≤ {limit}")
-    axes.legend(frameon=False)
 
 
 def draw_truth(axes, reward_models):
@@ -292,7 +283,7 @@ def main():
     amount_table(policies, reward_models)
     length_table(policies, reward_models)
     ablation_table(policies)
-    reward_model_tables(policies, reward_models)
+    reward_model_table(policies, reward_models)
 
     import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
@@ -302,6 +293,8 @@ def main():
                               ("truth", draw_truth, reward_models)):
         figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
         draw(axes, *what)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=10)
         figure.savefig(f"{folder}/{name}.png", dpi=110)
 
 
