@@ -128,7 +128,7 @@ def method_tables(policies):
         for where in (FIRST, AT_20, FINAL):
             row.append(cell(by_draw(draws, mean_of, *where)))
         row.append(cell(by_draw(draws, mean_of, *FINAL_KL), ".1f"))
-        for limit in (3, 4, 6, 8):                             # at whichever coefficient is best there
+        for limit in (3, 4, 6, 8):                       # at whichever coefficient is best there
             reached = []
             for kl in COEFFICIENTS:
                 reached.append(by_draw(policies[f"{method}-kl{kl}"], gold_within, limit))
