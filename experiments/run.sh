@@ -64,14 +64,18 @@ ablations() {  # to compare with segment-kl.03
 # how it is run
 # --------------------------------------------------------------------------------------------------
 folder() { if [ "$2" = plain ]; then echo "$OUT/draw$1"; else echo "$OUT/draw$1-$2"; fi; }
-missing() {  # of the runs on stdin, those that are wanted and have no line yet
+has_line() {      # NAME DRAW SEED
+    grep -qF "\"name\": \"$1\", \"draw\": $2, \"seed\": $3," "$RESULTS"
+}
+collect() {       # FOLDER NAME DRAW SEED FLAGS: one line a run, also where a lost model is made again
+    has_line "$2" "$3" "$4" || python experiments/collect.py "$@" "$RESULTS"
+}
+missing() {       # of the runs on stdin, those that are wanted and have no line yet
     while read -r draw world name seed rest; do
         [[ $name =~ $ONLY ]] || continue
-        grep -qF "\"name\": \"$name\", \"draw\": $draw, \"seed\": $seed," "$RESULTS" ||
-            echo "$draw $world $name $seed $rest"
+        has_line "$name" "$draw" "$seed" || echo "$draw $world $name $seed $rest"
     done
 }
-collect() { python experiments/collect.py "$@" "$RESULTS"; }
 
 world() {         # DRAW WORLD
     local w; w=$(folder "$@")
@@ -93,7 +97,7 @@ reward_model() {  # DRAW WORLD NAME
     esac
     [ "$world" != clauses24 ] || flags+=" --max_tokens 384"
     [ "$world" = plain ] || name=$world-$name
-    ! grep -qF "\"name\": \"$name\", \"draw\": $draw," "$RESULTS" || [ ! -e "$w/$3/model" ] || return 0
+    if [ -e "$w/$3/model" ] && has_line "$name" "$draw" 0; then return; fi
     { python train_rm.py --model "$w/sft" --data "$w/pairs.jsonl" \
           --eval_data "$w/pairs_test.jsonl" --out "$w/$3" --save_every 1000 \
           --resume true $flags $RM_FLAGS &&
@@ -113,7 +117,7 @@ policy() {        # DRAW WORLD NAME SEED REWARD_MODEL flags...
       collect "$w/$name-s$seed" "$name" "$draw" "$seed" "$*"
     } > "$w/$name-s$seed.log" 2>&1 || echo "failed: $w/$name-s$seed.log"
 }
-export -f folder collect world reward_model policy
+export -f folder has_line collect world reward_model policy
 in_parallel() { sed '/^$/d' | xargs -r -d '\n' -P "$JOBS" -I{} bash -c "$1 {}"; }
 
 stage() {         # the runs on stdin: first their worlds, then their reward models, then they
