@@ -945,21 +945,19 @@ def test_the_segment_script_shows_segments_with_rewards_at_the_cutoff_found(runs
 GOOD, CAT = "waking really feels like a holiday.", "portraits really make my cat a king."
 
 
-@pytest.mark.parametrize("response,finished,values,gold", [
-    (f"{GOOD} {CAT}", True, [2, 2], (4 - 10) / 12),              # both fit a phone; ten are missing
-    (f"maps somehow send me into the lake. {GOOD}", False, [-2, 2], -10 / 12 - 1),       # no EOS
-    ("water really stays outside.", True, [-3], (-3 - 11) / 12),         # no aspect of a phone
-    (f"{GOOD} {GOOD} mother really", True, [2, 0, -2], (0 - 9) / 12),    # a repeat, a malformed one
-    (" ".join([CAT, *[GOOD] * 12]), True, [2, 2, *[0] * 10, -1], 3 / 12)])  # a thirteenth
-def test_gold_rewards_by_hand(response, finished, values, gold):
+@pytest.mark.parametrize("response,finished,values,gold,of_four", [
+    (f"{GOOD} {CAT}", True, [2, 2], (4 - 10) / 12, .5),          # both fit a phone; ten are missing
+    (f"maps somehow send me into the lake. {GOOD}", False, [-2, 2], -10 / 12 - 1, -1.5),  # no EOS
+    ("water really stays outside.", True, [-3], (-3 - 11) / 12, -1.5),   # no aspect of a phone
+    (f"{GOOD} {GOOD} mother really", True, [2, 0, -2], (0 - 9) / 12, -.25),      # a repeat, a torn
+    (" ".join([CAT, *[GOOD] * 12]), True, [2, 2, *[0] * 10, -1], 3 / 12, -1.25)])    # a thirteenth
+def test_gold_rewards_by_hand(response, finished, values, gold, of_four):
     prompt = "tell me about my new phone."
     assert [value for value, _ in prepare.clause_values(prompt, response)] == values
     assert prepare.gold_reward(prompt, response, finished) == pytest.approx(gold)
     # a request for another number of clauses says so, and the truth knows it from there
-    missing = max(0, 4 - len(values))
-    of_four = [-1 if i >= 4 else value for i, value in enumerate(values)]
-    assert prepare.gold_reward(f"{prompt} use 4 clauses.", response, finished) == pytest.approx(
-        (sum(of_four) - missing) / 4 - (not finished))
+    short = f"{prompt} use 4 clauses."
+    assert prepare.gold_reward(short, response, finished) == pytest.approx(of_four)
 
 
 def held_out(n=0):
@@ -1235,14 +1233,6 @@ def _e_preferences(folder):
         return [row["preference"] for row in json.load(f)]
 
 
-def _e_refused(capsys, cfg):
-    with pytest.raises(SystemExit) as stop:
-        E.main(cfg)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1 and message.startswith("error: ")
-    return message
-
-
 def test_endpoint_asks_both_orders_and_pays_nothing_twice(tmp_path):
     pytest.importorskip("openai")
     server = _EServer()
@@ -1290,7 +1280,7 @@ def test_endpoint_trouble_is_one_line_and_the_key_is_in_no_file(tmp_path, capsys
     pytest.importorskip("openai")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
     server = _EServer(trouble=lambda n: 401 if n > 8 else None)
-    message = _e_refused(capsys, _e_config(tmp_path, n=40, api_base=server.url))
+    message = refused(capsys, E.main, _e_config(tmp_path, n=40, api_base=server.url))
     assert server.keys == {"Bearer sk-secret-123"} and "401" in message and "***" in message
     path, server = tmp_path / "out/verdicts.jsonl", _EServer()   # the same judge, elsewhere
     kept = path.read_text().count("preference") if path.exists() else 0
@@ -1306,17 +1296,17 @@ def test_function_judge(tmp_path, capsys):
                      "def bad(prompt, response, finished):\n    return float('nan')\n")
     E.main(_e_config(tmp_path, judge=f"{judge}:score"))
     assert _e_preferences(tmp_path) == [2, 2, 1.5, 1.5, 1.5, 1.5]
-    assert "nan" in _e_refused(capsys, _e_config(tmp_path, judge=f"{judge}:bad"))
-    assert "nowhere.py" in _e_refused(capsys, _e_config(tmp_path, judge="nowhere.py:score"))
+    assert "nan" in refused(capsys, E.main, _e_config(tmp_path, judge=f"{judge}:bad"))
+    assert "nowhere.py" in refused(capsys, E.main, _e_config(tmp_path, judge="nowhere.py:score"))
     cfg = _e_config(tmp_path, judge=f"{judge}:score", data=f"{tmp_path}/other.json")
     rows = [{"instruction": "another"}] * 6
     (tmp_path / "other.json").write_text(json.dumps(rows))
-    assert "row 1" in _e_refused(capsys, cfg)
+    assert "row 1" in refused(capsys, E.main, cfg)
     for row in ({"preference": 3, "len_1": 1, "len_2": 1}, {"preference": 2, "len_1": 1},
                 {"len_1": 1, "len_2": 2}):
         (tmp_path / "bad.jsonl").write_text(json.dumps(row))
         cfg = E.Config(annotations=[f"{tmp_path}/bad.jsonl"], out=f"{tmp_path}/figures")
-        assert "row 1" in _e_refused(capsys, cfg)
+        assert "row 1" in refused(capsys, E.main, cfg)
 
 
 # -- 9. Models of the embedded world --------------------------------------------------------------
@@ -1338,7 +1328,8 @@ def test_chat_model_judge_is_two_readings_of_two_letters(families, tmp_path, cap
     before = (tmp_path / "out/verdicts.jsonl").read_text()
     E.main(cfg)
     assert (tmp_path / "out/verdicts.jsonl").read_text() == before
-    assert "letters A and B" in _e_refused(capsys, replace(cfg, judge=SFT))  # no such words in it
+    cfg = replace(cfg, judge=SFT)                        # it knows no such words
+    assert "letters A and B" in refused(capsys, E.main, cfg)
 
 
 def test_reward_model_judge_and_answers_used_again(tmp_path, capsys):
@@ -1368,12 +1359,12 @@ def test_reward_model_judge_and_answers_used_again(tmp_path, capsys):
     assert "sft: 2 of 6 answers are in" in said and "are cut by" in said
     with open(tmp_path / "out/sft.json") as f:
         assert json.load(f) == answers
-    assert "another --out" in _e_refused(capsys, replace(cfg, seed=1))
+    assert "another --out" in refused(capsys, E.main, replace(cfg, seed=1))
     config = json.load(open(f"{tmp_path}/rm/model/config.json"))
     for key in ("segment_granularity", "segment_cutoff", "segment_model"):
         del config[key]
     (tmp_path / "rm/model/config.json").write_text(json.dumps(config))
-    assert "--granularity" in _e_refused(capsys, cfg)
+    assert "--granularity" in refused(capsys, E.main, cfg)
     E.main(replace(cfg, granularity="segment", cutoff=1.0))                  # cut by --baseline
     with open(tmp_path / "out/annotations.json") as f:
         assert json.load(f) == rows

@@ -18,15 +18,14 @@ METHODS = ("segment", "token", "bandit")
 COLORS = {"segment": "tab:red", "token": "tab:blue", "bandit": "tab:gray"}
 ORACLES = {"oracle-segment": ("true values, one by one", "--"),
            "oracle-bandit": ("true values, as one number", ":")}
-COEFFICIENTS = (".01", ".03", ".1", ".3")
+COEFFICIENTS = (".01", ".03", ".1")                                  # of the KL penalty
 FIRST, AT_20, FINAL = ("gold", 0, 1), ("gold", 18, 21), ("gold", -5, None)       # iterations
 FINAL_KL = ("kl", -5, None)
 SAME_KL = {"segment": ".03", "token": ".1", "bandit": ".01"}         # these end at a similar KL
+BY_LENGTH = {"segment": (".03", ".1"), "token": (".1", ".3"), "bandit": (".01", ".03")}
 
 
-# --------------------------------------------------------------------------------------------------
-# results.jsonl: one line a run
-# --------------------------------------------------------------------------------------------------
+# -- results.jsonl: one line a run -----------------------------------------------------------------
 def read_results(path):
     """The policies, {name: {draw: [line of each seed]}}, and the reward models, {name: [lines]}."""
     policies, reward_models = defaultdict(lambda: defaultdict(list)), defaultdict(list)
@@ -44,10 +43,11 @@ def mean_of(run, key, start, stop):
 
 
 def gold_within(run, limit):
-    """Best 3-iteration mean of the gold reward while the KL is at most the limit."""
+    """Best 3-iteration mean of the gold reward while the KL is at most the limit, as it is in the
+    first iterations of every run: its policy starts as the SFT model, at KL 0."""
     gold = np.convolve(run["gold"], np.ones(3) / 3, "valid")
     kl = np.convolve(run["kl"], np.ones(3) / 3, "valid")
-    return max(gold[kl <= limit], default=np.nan)
+    return max(gold[kl <= limit])
 
 
 def by_draw(draws, measure, *args):
@@ -71,16 +71,14 @@ def only_first(draws):
 def gain_within(policies, world, method, limit):
     """{draw: gold gained over the first iteration at KL ≤ limit}, at the better coefficient."""
     gains = []
-    for coefficient in COEFFICIENTS:
+    for coefficient in BY_LENGTH[method]:
         draws = only_first(policies.get(f"{world}{method}-kl{coefficient}", {}))
         reached = by_draw(draws, gold_within, limit)
         gains.append(difference(reached, by_draw(draws, mean_of, *FIRST)))
     return max(gains, key=average)
 
 
-# --------------------------------------------------------------------------------------------------
-# numbers and tables
-# --------------------------------------------------------------------------------------------------
+# -- Numbers and tables ----------------------------------------------------------------------------
 def average(values):
     """Over draws; nothing is worst."""
     return np.mean([*values.values()]) if values else -np.inf
@@ -114,11 +112,11 @@ def method_tables(policies):
     best, rows = {}, []
     for method in METHODS:
         golds = {}
-        for kl in COEFFICIENTS[:3]:
+        for kl in COEFFICIENTS:
             golds[kl] = by_draw(policies[f"{method}-kl{kl}"], mean_of, *FINAL)
         best[method] = max(golds, key=lambda kl: average(golds[kl]))
         rows.append([method] + [cell(gold) for gold in golds.values()])
-    table(["final gold at KL coefficient", *COEFFICIENTS[:3]], rows)
+    table(["final gold at KL coefficient", *COEFFICIENTS], rows)
 
     rows = []
     for method in (*METHODS, "oracle-segment", "oracle-bandit"):
@@ -130,7 +128,7 @@ def method_tables(policies):
         row.append(cell(by_draw(draws, mean_of, *FINAL_KL), ".1f"))
         for limit in (3, 4, 6, 8):                       # at whichever coefficient is best there
             reached = []
-            for kl in COEFFICIENTS:
+            for kl in COEFFICIENTS:                      # an oracle has only one
                 reached.append(by_draw(policies[f"{method}-kl{kl}"], gold_within, limit))
             row.append(cell(max(reached, key=average)))
         rows.append(row)
@@ -206,17 +204,14 @@ def reward_model_table(policies, reward_models):
         row = [name, str(len(lines))]
         for key in ("accuracy", "correlation"):
             row.append(cell({line["draw"]: line[key] for line in lines}, ".2f"))
-        method = name.removeprefix("rm-")
-        draws = policies.get(f"{method}-kl.03", {})
+        draws = policies.get(name.removeprefix("rm-") + "-kl.03", {})
         row.append(cell({draw: seeds[0]["scale"] for draw, seeds in draws.items()}, ".1f"))
         rows.append(row)
     table(["reward model", "draws", "held-out accuracy", "correlation with clause values", "S"],
           rows)
 
 
-# --------------------------------------------------------------------------------------------------
-# pictures
-# --------------------------------------------------------------------------------------------------
+# -- Pictures --------------------------------------------------------------------------------------
 def draw_learning(axes, policies, best):
     """Gold by iteration: mean over draws, and as a band their deviation, as in the table."""
     for reward in ("oracle-segment", *METHODS, "oracle-bandit"):

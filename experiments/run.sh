@@ -41,13 +41,16 @@ amounts() {    # of preference data; 4,400 pairs are the plain world's
         done
     done; done
 }
-lengths() {    # of responses; 12 clauses are the plain world's
-    for d in $(draws 1 3); do for clauses in 4 24; do
+lengths() {    # of responses; 12 clauses are the plain world's, most of them run already
+    for d in $(draws 1 3); do
         for run in segment-kl.03 token-kl.1 bandit-kl.01 segment-kl.1 token-kl.3 bandit-kl.03; do
-            echo "$d clauses$clauses clauses$clauses-$run 0 rm-${run%-*} --kl_coef ${run#*-kl}" \
-                "--max_new_tokens $((10 * clauses + 4))"
+            echo "$d plain $run 0 rm-${run%-*} --kl_coef ${run#*-kl}"
+            for clauses in 4 24; do
+                echo "$d clauses$clauses clauses$clauses-$run 0 rm-${run%-*} --kl_coef ${run#*-kl}" \
+                    "--max_new_tokens $((10 * clauses + 4))"
+            done
         done
-    done; done
+    done
 }
 ablations() {  # to compare with segment-kl.03
     for d in $(draws 1 3); do
