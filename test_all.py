@@ -1039,12 +1039,11 @@ def test_examples_in_docstrings_the_help_and_files_of_flags(tmp_path, capsys, mo
     assert (cfg.cutoff, cfg.max_samples, cfg.data) == (4, 7, "a b")      # later flags override
 
 
-# -- 9. Evaluation ---------------------------------------------------------------------------------
+# -- 9. Evaluation: figures ------------------------------------------------------------------------
 ALPACA = "../shared/data/alpaca_eval"        # the published leaderboard, where it is at hand
 needs_alpaca = pytest.mark.skipif(not os.path.isdir(ALPACA), reason="no published AlpacaEval data")
 
 
-# -- 9. Figures -----------------------------------------------------------------------------------
 def test_win_rate_by_hand():
     got = E.win_rate([2, 1, 1.5, 0, 1.8, None, math.nan])        # 0: a legacy tie; two are dropped
     assert got.pop("win_rate") == pytest.approx(100 * (1 + 0 + .5 + .5 + .8) / 5)
@@ -1059,14 +1058,10 @@ def test_win_rate_by_hand():
             E.win_rate(bad)
 
 
-def _e_logit(p):
-    return math.log(p / (1 - p))
-
-
 def test_length_controlled_by_hand():
     # t takes two values +-u, so the fit is exact: logit p(+-u) = w0 +- wt u, and w0 is their mean
     y, D = np.array([.9] * 4 + [.2] * 4), np.array([10.] * 4 + [-10.] * 4)
-    w0 = (_e_logit(.9) + _e_logit(.2)) / 2
+    w0 = (math.log(.9 / .1) + math.log(.2 / .8)) / 2
     got = E.length_controlled_win_rate(list(y + 1), list(100 + D), [100] * 8)
     assert got["length_controlled_winrate"] == pytest.approx(100 / (1 + math.exp(-w0)), abs=1e-6)
     # a missing preference takes its own difficulty with it, not its neighbour's
@@ -1118,7 +1113,7 @@ def test_length_controlled_degenerate():
     assert all(map(math.isnan, separable.values()))              # the longer answer always wins
 
 
-def _e_published(name):
+def published_entry(name):
     with open(f"{ALPACA}/instruction_difficulty.json") as f:
         difficulty = json.load(f)
     with gzip.open(f"{ALPACA}/annotations/{name}.jsonl.gz", "rt") as f:
@@ -1133,7 +1128,7 @@ def _e_published(name):
 @pytest.mark.parametrize("name", ["FuseChat-Llama-3.2-3B-Instruct", "claude-2.1", "vicuna-7b-v1.5",
                                   "gpt4_0613_concise"])
 def test_published_figures(name):
-    (y, a, b), d, gamed, truth = _e_published(name)
+    (y, a, b), d, gamed, truth = published_entry(name)
     for key, value in E.win_rate(y).items():
         assert value == pytest.approx(truth[key], abs=1e-6), key
     official, plain = E.length_controlled_win_rate(y, a, b, d, gamed), \
@@ -1160,7 +1155,7 @@ def test_annotations_alone(tmp_path, capsys):
         assert head == f.readline().strip().split(",")
     assert [row[0] for row in rows] == names
     for name, row in zip(names, rows):
-        truth = _e_published(name)[3]
+        truth = published_entry(name)[3]
         assert float(row[1]) == pytest.approx(truth["win_rate"], abs=1e-6)
         assert int(row[9]) == truth["avg_length"]
         assert abs(float(row[10]) - truth["length_controlled_winrate"]) < 0.12
@@ -1168,20 +1163,20 @@ def test_annotations_alone(tmp_path, capsys):
     assert said.count("outside 20-80 %") == 2 and "fewer than 15 %" in said
 
 
-# -- 9. Judges ------------------------------------------------------------------------------------
-class _EServer(ThreadingHTTPServer):
+# -- 9. Evaluation: judges -------------------------------------------------------------------------
+class Server(ThreadingHTTPServer):
     """Prefers the answer with more x. trouble(number of the request) -> None or what goes wrong."""
     daemon_threads = True
 
     def __init__(self, trouble=None, logprobs=True):
         self.trouble, self.logprobs, self.lock = trouble, logprobs, threading.Lock()
         self.requests, self.keys = 0, set()
-        super().__init__(("127.0.0.1", 0), _EHandler)
+        super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
 
-class _EHandler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
@@ -1217,7 +1212,7 @@ class _EHandler(BaseHTTPRequestHandler):
         self.wfile.write(payload)
 
 
-def _e_config(folder, n=6, **settings):
+def judge_config(folder, n=6, **settings):
     """Two files of outputs: no model is needed to test judges. The last pair is a draw."""
     for name in ("base", "policy"):
         rows = [{"instruction": f"prompt {i}", "generator": name, "dataset": "d",
@@ -1228,18 +1223,18 @@ def _e_config(folder, n=6, **settings):
                        "out": f"{folder}/out", **settings})
 
 
-def _e_preferences(folder):
+def preferences_in(folder):
     with open(f"{folder}/out/annotations.json") as f:
         return [row["preference"] for row in json.load(f)]
 
 
 def test_endpoint_asks_both_orders_and_pays_nothing_twice(tmp_path):
     pytest.importorskip("openai")
-    server = _EServer()
-    cfg = _e_config(tmp_path, api_base=server.url)
+    server = Server()
+    cfg = judge_config(tmp_path, api_base=server.url)
     E.main(cfg)
     # the policy has one x more: as B it gets .6 of .9, as A .8; equal outputs are a draw, unasked
-    assert _e_preferences(tmp_path) == pytest.approx([1 + (2 / 3 + .8) / 2] * 5 + [1.5])
+    assert preferences_in(tmp_path) == pytest.approx([1 + (2 / 3 + .8) / 2] * 5 + [1.5])
     assert server.requests == 10
     with open(tmp_path / "out/annotations.json") as f:
         assert set(json.load(f)[0]) >= {"instruction", "output_1", "generator_1", "output_2",
@@ -1248,7 +1243,7 @@ def test_endpoint_asks_both_orders_and_pays_nothing_twice(tmp_path):
     rows = path.read_text().split("\n")                  # a newline stands before each
     path.write_text("\n".join(rows[:3]) + "\n" + rows[3][:40])               # two whole, one torn
     E.main(cfg)
-    assert server.requests == 10 + 2 * 3 and len(set(_e_preferences(tmp_path))) == 2
+    assert server.requests == 10 + 2 * 3 and len(set(preferences_in(tmp_path))) == 2
     E.main(replace(cfg, model=cfg.baseline, baseline=cfg.model))             # other pairs
     assert server.requests == 16 + 10
     E.main(cfg)
@@ -1257,34 +1252,34 @@ def test_endpoint_asks_both_orders_and_pays_nothing_twice(tmp_path):
 
 def test_endpoint_without_logprobs_and_with_garbage(tmp_path, capsys):
     pytest.importorskip("openai")
-    server = _EServer(logprobs=False)
-    E.main(_e_config(tmp_path, api_base=server.url))
-    assert _e_preferences(tmp_path) == [2] * 5 + [1.5] and server.requests == 20
-    server = _EServer(trouble=lambda n: {1: "garbage", 2: "evasive", 3: 500}.get(n))
+    server = Server(logprobs=False)
+    E.main(judge_config(tmp_path, api_base=server.url))
+    assert preferences_in(tmp_path) == [2] * 5 + [1.5] and server.requests == 20
+    server = Server(trouble=lambda n: {1: "garbage", 2: "evasive", 3: 500}.get(n))
     other = tmp_path / "other"
     other.mkdir()
-    E.main(_e_config(other, api_base=server.url))
-    assert min(_e_preferences(other)[:5]) > 1.5 and server.requests == 13
+    E.main(judge_config(other, api_base=server.url))
+    assert min(preferences_in(other)[:5]) > 1.5 and server.requests == 13
     # who evades for ever has no verdict, and is asked again by the next run
     server.trouble = lambda n: "evasive"
-    cfg = _e_config(tmp_path, n=2, api_base=server.url, judge="shy")
+    cfg = judge_config(tmp_path, n=2, api_base=server.url, judge="shy")
     E.main(cfg)
-    assert _e_preferences(tmp_path) == [None, 1.5] and server.requests == 13 + 2 * 5
+    assert preferences_in(tmp_path) == [None, 1.5] and server.requests == 13 + 2 * 5
     assert "1 pairs have no verdict" in capsys.readouterr().out
     server.trouble = None
     E.main(cfg)
-    assert _e_preferences(tmp_path)[0] > 1.5 and server.requests == 13 + 2 * 5 + 2
+    assert preferences_in(tmp_path)[0] > 1.5 and server.requests == 13 + 2 * 5 + 2
 
 
 def test_endpoint_trouble_is_one_line_and_the_key_is_in_no_file(tmp_path, capsys, monkeypatch):
     pytest.importorskip("openai")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
-    server = _EServer(trouble=lambda n: 401 if n > 8 else None)
-    message = refused(capsys, E.main, _e_config(tmp_path, n=40, api_base=server.url))
+    server = Server(trouble=lambda n: 401 if n > 8 else None)
+    message = refused(capsys, E.main, judge_config(tmp_path, n=40, api_base=server.url))
     assert server.keys == {"Bearer sk-secret-123"} and "401" in message and "***" in message
-    path, server = tmp_path / "out/verdicts.jsonl", _EServer()   # the same judge, elsewhere
+    path, server = tmp_path / "out/verdicts.jsonl", Server()   # the same judge, elsewhere
     kept = path.read_text().count("preference") if path.exists() else 0
-    E.main(_e_config(tmp_path, n=40, api_base=server.url))
+    E.main(judge_config(tmp_path, n=40, api_base=server.url))
     assert server.requests == 2 * (39 - kept)                    # what was paid for is not asked
     texts = [path.read_text() for path in (tmp_path / "out").iterdir()]
     assert "sk-secret" not in message + "".join(texts)
@@ -1294,11 +1289,11 @@ def test_function_judge(tmp_path, capsys):
     judge = tmp_path / "judge.py"
     judge.write_text("def score(prompt, response):\n    return min(len(response), 3)\n"
                      "def bad(prompt, response, finished):\n    return float('nan')\n")
-    E.main(_e_config(tmp_path, judge=f"{judge}:score"))
-    assert _e_preferences(tmp_path) == [2, 2, 1.5, 1.5, 1.5, 1.5]
-    assert "nan" in refused(capsys, E.main, _e_config(tmp_path, judge=f"{judge}:bad"))
-    assert "nowhere.py" in refused(capsys, E.main, _e_config(tmp_path, judge="nowhere.py:score"))
-    cfg = _e_config(tmp_path, judge=f"{judge}:score", data=f"{tmp_path}/other.json")
+    E.main(judge_config(tmp_path, judge=f"{judge}:score"))
+    assert preferences_in(tmp_path) == [2, 2, 1.5, 1.5, 1.5, 1.5]
+    assert "nan" in refused(capsys, E.main, judge_config(tmp_path, judge=f"{judge}:bad"))
+    assert "nowhere.py" in refused(capsys, E.main, judge_config(tmp_path, judge="nowhere.py:score"))
+    cfg = judge_config(tmp_path, judge=f"{judge}:score", data=f"{tmp_path}/other.json")
     rows = [{"instruction": "another"}] * 6
     (tmp_path / "other.json").write_text(json.dumps(rows))
     assert "row 1" in refused(capsys, E.main, cfg)
@@ -1309,10 +1304,10 @@ def test_function_judge(tmp_path, capsys):
         assert "row 1" in refused(capsys, E.main, cfg)
 
 
-# -- 9. Models of the embedded world --------------------------------------------------------------
+# -- 9. Evaluation: models as judges and as policies -----------------------------------------------
 def test_chat_model_judge_is_two_readings_of_two_letters(families, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(E, "QUESTION", "{}\nA: {}\nB: {}\nA or B?")        # their context is small
-    cfg = _e_config(tmp_path, n=3, judge=families["qwen2"])
+    cfg = judge_config(tmp_path, n=3, judge=families["qwen2"])
     E.main(cfg)
     with open(tmp_path / "out/annotations.json") as f:
         row, p = json.load(f)[0], []
