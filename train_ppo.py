@@ -456,7 +456,7 @@ class Reward:
                             cfg.max_prompt_tokens + cfg.max_new_tokens, cfg.max_prompt_tokens)
         _, sft_entropy = map_rows(reference, rows, cfg.micro_tokens, self.device, "calibration")
         rewards, ends = self.at_ends(rows, texts, sft_entropy)                           # (2n, R)
-        mask, _ = response_mask(rows, self.stops, self.device)
+        mask, _ = response_mask(rows, self.stops, self.device)                           # (2n, R)
         normalizer, S = calibrate(rewards, ends, mask, cfg.normalizer, self.how)
         fit = {name: round(value, 3) for name, value in normalizer.to_dict().items()}
         say(f"calibrated on {source}, {len(rows)} responses: {fit}, S {S:.3g}")

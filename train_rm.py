@@ -432,7 +432,7 @@ def main(cfg):
     first_step = begin_run(cfg, trained)
 
     def ends_of(rows, entropy):
-        mask, finished = response_mask(rows, stops, device)
+        mask, finished = response_mask(rows, stops, device)                      # (B, R), (B,)
         return segment_ends(entropy, mask, finished, cfg.cutoff, cfg.granularity)        # (B, R)
 
     def accuracy_held_out():
@@ -447,7 +447,7 @@ def main(cfg):
     # ----------------------------------------------------------------------------------------------
     # training: Bradley-Terry on the mean of the segment rewards
     # ----------------------------------------------------------------------------------------------
-    lengths = np.array([len(p) + len(r) for p, r in rows]).reshape(pairs, 2)
+    lengths = np.array([len(p) + len(r) for p, r in rows]).reshape(pairs, 2)     # tokens of a row
     began = time.time()
     for step in range(first_step, steps):
         started = time.time()

@@ -22,6 +22,7 @@ COEFFICIENTS = (".01", ".03", ".1")                                  # of the KL
 FIRST, AT_20, FINAL = ("gold", 0, 1), ("gold", 18, 21), ("gold", -5, None)       # iterations
 FINAL_KL = ("kl", -5, None)
 SAME_KL = {"segment": ".03", "token": ".1", "bandit": ".01"}         # these end at a similar KL
+WORLDS = ((4, "clauses4-"), (12, ""), (24, "clauses24-"))            # clauses, prefix of a run
 BY_LENGTH = {"segment": (".03", ".1"), "token": (".1", ".3"), "bandit": (".01", ".03")}
 
 
@@ -108,7 +109,7 @@ def table(header, rows):
 
 
 def method_tables(policies):
-    """Prints two tables; returns the KL coefficient at which each method ends highest."""
+    """Prints three tables; returns the KL coefficient at which each method ends highest."""
     best, rows = {}, []
     for method in METHODS:
         golds = {}
@@ -169,7 +170,7 @@ def amount_table(policies, reward_models):
 
 def length_table(policies, reward_models):
     rows = []
-    for clauses, world in ((4, "clauses4-"), (12, ""), (24, "clauses24-")):
+    for clauses, world in WORLDS:
         for method, coefficient in SAME_KL.items():
             draws = only_first(policies[f"{world}{method}-kl{coefficient}"])
             row = [str(clauses), method, str(len(draws))]
@@ -250,7 +251,7 @@ def draw_gold_by_kl(axes, policies):
 def draw_gain_by_length(axes, policies, limit=4):
     for shift, method in zip((-.25, 0, .25), METHODS):
         points = []
-        for clauses, world in ((4, "clauses4-"), (12, ""), (24, "clauses24-")):
+        for clauses, world in WORLDS:
             gain = gain_within(policies, world, method, limit)
             if gain:
                 points.append((clauses + shift, average(gain), deviation(gain)))

@@ -41,21 +41,25 @@ amounts() {    # of preference data; 4,400 pairs are the plain world's
         done
     done; done
 }
-lengths() {    # of responses; 12 clauses are the plain world's, most of them run already
+lengths() {    # of responses; those of the plain world have 12 clauses
     for d in $(draws 1 3); do
         for run in segment-kl.03 token-kl.1 bandit-kl.01 segment-kl.1 token-kl.3 bandit-kl.03; do
             echo "$d plain $run 0 rm-${run%-*} --kl_coef ${run#*-kl}"
             for clauses in 4 24; do
-                echo "$d clauses$clauses clauses$clauses-$run 0 rm-${run%-*} --kl_coef ${run#*-kl}" \
-                    "--max_new_tokens $((10 * clauses + 4))"
+                echo "$d clauses$clauses clauses$clauses-$run 0 rm-${run%-*}" \
+                    "--kl_coef ${run#*-kl} --max_new_tokens $((10 * clauses + 4))"
             done
         done
     done
 }
 ablations() {  # to compare with segment-kl.03
     for d in $(draws 1 3); do
-        for n in global last none; do echo "$d plain normalizer-$n 0 rm-segment --normalizer $n"; done
-        for i in repeat end; do echo "$d plain interpolation-$i 0 rm-segment --interpolation $i"; done
+        for n in global last none; do
+            echo "$d plain normalizer-$n 0 rm-segment --normalizer $n"
+        done
+        for i in repeat end; do
+            echo "$d plain interpolation-$i 0 rm-segment --interpolation $i"
+        done
         for c in .5 3; do echo "$d plain cutoff$c 0 rm-cutoff$c"; done
         echo "$d plain segment-as-bandit 0 rm-segment --granularity bandit"
         echo "$d plain bandit-as-segment 0 rm-bandit --granularity segment --cutoff 1"
@@ -70,7 +74,7 @@ folder() { if [ "$2" = plain ]; then echo "$OUT/draw$1"; else echo "$OUT/draw$1-
 has_line() {      # NAME DRAW SEED
     grep -qF "\"name\": \"$1\", \"draw\": $2, \"seed\": $3," "$RESULTS"
 }
-collect() {       # FOLDER NAME DRAW SEED FLAGS: one line a run, also where a lost model is made again
+collect() {       # FOLDER NAME DRAW SEED FLAGS: one line, also for a model that is made again
     has_line "$2" "$3" "$4" || python experiments/collect.py "$@" "$RESULTS"
 }
 missing() {       # of the runs on stdin, those that are wanted and have no line yet
