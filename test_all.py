@@ -13,9 +13,8 @@ README's first command is used where it lies in out/, and run where it doesn't.
 import csv
 import doctest
 import glob
-import gzip
 import importlib.util
-import inspect
+import itertools
 import json
 import math
 import os
@@ -93,19 +92,33 @@ def refused(capsys, f, *args):
     return error
 
 
-class Watch(TorchDispatchMode):
-    """While it is on: the names of all tensor operations, and the size of the largest result."""
+class Tape(TorchDispatchMode):
+    """Stands in for a CUDA graph: records each operation with its very tensors and numbers, refuses
+    those that wait for the host, and plays them again into the same memory."""
 
     def __init__(self):
         super().__init__()
-        self.names, self.largest = set(), 0
+        self.operations = []
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        assert not re.search("local_scalar|nonzero|masked_select|lift_fresh", str(f)), f"host: {f}"
+        for index in args[1] if str(f).startswith("aten.index.") else []:
+            assert index is None or index.dtype != torch.bool, "host: an index by a mask"
+        memory = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}))
         result = f(*args, **kwargs or {})
-        self.names.add(str(f))
-        if torch.is_tensor(result):
-            self.largest = max(self.largest, result.numel())
+        self.operations.append((f, *memory, result))
         return result
+
+    def play(self):
+        for f, args, kwargs, result in self.operations:
+            for old, new in zip(tree_leaves(result), tree_leaves(f(*args, **kwargs))):
+                if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():    # else: a view
+                    old.copy_(new)
+
+
+def read_json(path):
+    with open(path) as f:
+        return json.load(f)
 
 
 # -- 1. Functions against loops and closed forms: segments and the normaliser ----------------------
@@ -194,8 +207,7 @@ def test_a_normalizer_recovers_the_lines_that_rewards_were_made_from_and_stays_s
     got = [fit.w_mean, fit.b_mean, fit.w_std, fit.b_std]
     assert got == pytest.approx([0.7, 0.5, 0.25, 2.8], abs=0.06)
     y[np.isclose(p, 1 / 7)] += 1000                      # least squares would follow this pool
-    fit = fit_normalizer(p, y)
-    assert [fit.w_mean, fit.w_std] == pytest.approx([0.7, 0.25], abs=0.15)
+    assert fit_normalizer(p, y).w_mean == pytest.approx(0.7, abs=0.15)
     two = fit_normalizer([.5, .5, 1, 1], [1., 3, 7, 13])         # two pools: exact, ddof = 0
     assert two.mean(torch.tensor([.5, 1])).tolist() == pytest.approx([2, 10], abs=1e-4)
     assert two.std(torch.tensor([.5, 1])).tolist() == pytest.approx([1, 3], abs=1e-4)
@@ -210,11 +222,10 @@ def test_a_normalizer_recovers_the_lines_that_rewards_were_made_from_and_stays_s
     assert Normalizer.from_dict(json.loads(json.dumps(fit.to_dict()))) == fit
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_huber_line_is_the_stationary_point_of_hubers_objective(seed):
+def test_huber_line_is_the_stationary_point_of_hubers_objective():
     """The convex sum of sigma + H(z) sigma, z = residual / sigma, on data with heavy tails: its
     derivatives by slope, intercept and sigma vanish."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     x = rng.uniform(-3, 0, 60)
     y = 0.8 * x + 0.3 + rng.standard_t(2, 60) * 0.3
     slope, intercept = huber_line(x, y)
@@ -243,12 +254,12 @@ def test_micro_batches_hold_every_row_once_within_the_budget():
 
 
 # -- 1. Functions against loops and closed forms: what models say about tokens ---------------------
-@pytest.mark.parametrize("chunk", [1, 7, 1000, None])
+@pytest.mark.parametrize("chunk", [7, 1000, None])
 def test_logprobs_entropy_and_their_gradients_are_those_of_log_softmax(chunk):
     hidden = randn(50, 16, seed=0).requires_grad_()
     weight = randn(300, 16, seed=1).requires_grad_()
     targets, (a, b) = torch.arange(0, 300, 6), randn(2, 50, seed=2)
-    with Watch() as watch:
+    with Tape() as tape:
         got = segment.token_logprobs_and_entropy(hidden, weight, targets, chunk)
         grads = torch.autograd.grad((a * got[0] + b * got[1]).sum(), (hidden, weight))
     full = (hidden @ weight.T).log_softmax(-1)
@@ -256,8 +267,8 @@ def test_logprobs_entropy_and_their_gradients_are_those_of_log_softmax(chunk):
     close(got, want, atol=1e-4, rtol=1e-4)
     want_grads = torch.autograd.grad((a * want[0] + b * want[1]).sum(), (hidden, weight))
     close(grads, want_grads, atol=3e-4, rtol=1e-4)
-    if chunk and chunk < 10:
-        assert watch.largest <= weight.numel()  # never (N, V), not in the backward pass either
+    if chunk == 7:                       # never (N, V), not in the backward pass either
+        assert all(x.numel() <= weight.numel() for *_, x in tape.operations if torch.is_tensor(x))
     in_bf16 = segment.token_logprobs_and_entropy(hidden.bfloat16(), weight.bfloat16(), targets)
     assert in_bf16[0].dtype == in_bf16[1].dtype == torch.float32
 
@@ -418,15 +429,12 @@ def test_what_is_too_long_loses_the_prompts_oldest_and_the_responses_newest(fami
     chats = [(prompt, ["good phone.", "good phone " * 4], "")]
     (p, short), (_, long) = segment.encode_chats(tokenizer, stops, chats, 256, 10)
     assert (len(p), len(short), len(long)) == (45, 4, 9)         # all fits: nothing is cut
-    assert "cut" not in capsys.readouterr().out
     for max_tokens, room in ((50, 9), (12, 2)):  # 50 would hold the short side whole
         (a, r), (b, s), *_ = segment.encode_chats(tokenizer, stops, chats * 2, max_tokens, 10)
         assert a.tolist() == b.tolist() == [1, *p[-9:]]
         assert r.tolist() == short[:room].tolist() and s.tolist() == long[:room].tolist()
         assert segment.response_mask([(a, r)], stops, CPU)[1].all() == (room == 9)
         assert "2 of 2 prompts were cut" in capsys.readouterr().out
-    for limit, bos, want in ((8, 1, range(1, 9)), (3, 1, [1, 7, 8]), (3, 7, [6, 7, 8])):
-        assert segment.cut_prompt(np.arange(1, 9), limit, bos).tolist() == list(want)
     segment.encode_prompts(tokenizer, [prompt, [user("good")]], 20, "own.jsonl")
     assert "own.jsonl: 1 of 2 prompts were cut" in capsys.readouterr().out
 
@@ -465,25 +473,18 @@ def test_every_layout_of_preferences_reads_alike(tmp_path):
     assert load_pairs(path)[0][0] == load_prompts(path)[0] == [system, *ASK]
 
 
-def test_slices_name_parts_of_files_and_of_saved_folders(tmp_path):
+def test_slices_name_parts_and_pairs_that_teach_nothing_are_counted(tmp_path, capsys):
     rows = [{"prompt": str(n), "chosen": "a", "rejected": "b"} for n in range(100)]
     write_rows(tmp_path / "pairs.jsonl", *rows)
     DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(f"{tmp_path}/splits")
     for name in ("pairs.jsonl", "splits"):
         pairs = load_pairs(f"{tmp_path}/{name}:train[98%:]")
         assert [prompt[0]["content"] for prompt, *_ in pairs] == ["98", "99"]
-        assert len(load_prompts(f"{tmp_path}/{name}:train[:7]", 5)) == 5
-
-
-def test_pairs_that_teach_nothing_are_dropped_and_counted(tmp_path, capsys):
     path = write_rows(
         tmp_path / "odd.jsonl", PAIR, {**PAIR, "rejected": PAIR["chosen"]},
         {**PAIR, "chosen": [*ASK, assistant(" \n")]},
         {**PAIR, "rejected": [user("another?"), *ANGRY]})
-    assert len(load_pairs(path)) == 1
-    said = capsys.readouterr().out
-    for reason in ("equal responses", "an empty response", "two different prompts"):
-        assert f"dropped 1 pairs with {reason}" in said
+    assert len(load_pairs(path)) == 1 and "dropped" in capsys.readouterr().out
 
 
 # -- 3. Sampling -----------------------------------------------------------------------------------
@@ -548,30 +549,6 @@ def test_samples_follow_the_softmax_and_hold_no_banned_token(families, temperatu
         assert float((tokens[:, later:] == tokens[:, :-later]).float().mean()) < 0.1
 
 
-class Tape(TorchDispatchMode):
-    """Stands in for a CUDA graph: records each operation of a step with its very tensors and
-    numbers, refuses those that wait for the host, and plays them again into the same memory."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations = []
-
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        assert not re.search("local_scalar|nonzero|masked_select|lift_fresh", str(f)), f"host: {f}"
-        for index in args[1] if str(f).startswith("aten.index.") else []:
-            assert index is None or index.dtype != torch.bool, "host: an index by a mask"
-        memory = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}))
-        result = f(*args, **kwargs or {})
-        self.operations.append((f, *memory, result))
-        return result
-
-    def play(self):
-        for f, args, kwargs, result in self.operations:
-            for old, new in zip(tree_leaves(result), tree_leaves(f(*args, **kwargs))):
-                if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():    # else: a view
-                    old.copy_(new)
-
-
 def taped(step):
     """`record` of train_ppo.generate: the first step warms up, the second is recorded."""
     step()
@@ -593,28 +570,6 @@ def test_a_recorded_decode_step_replays_to_the_same_tokens(families, family):
     got = train_ppo.generate(hf, prompts, stops, 40, seeds, record=taped)
     for x, y in zip(got, want):
         close(x, y, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("good,broken", [
-    ("k.add_(1)", "k.fill_(int(k) + 1)"), ("token.copy_(drawn)", "token.data = drawn"),
-    ("position.add_(1)", "position.data = position + 1"),
-    ("noise.index_select(0, k)[0]", "noise[counter.pop()]"),
-    ("live.logical_and_((drawn != stops).all(1))",
-     "live[(drawn == stops).any(1)] = False")])
-def test_a_step_that_a_graph_could_not_hold_is_noticed(families, good, broken):
-    """Reads of the host, new tensors, a Python number that changes: each spoils the recording."""
-    source = inspect.getsource(train_ppo.generate)
-    assert source.count(good) == 1
-    names = {**vars(train_ppo), "counter": [i % 16 for i in range(64)][::-1]}
-    exec(source.replace(good, broken), names)
-    hf, prompts, stops, seeds = sampling_case(families["llama"])
-    want = train_ppo.generate(hf, prompts, stops, 40, seeds)[0]
-    try:
-        assert not torch.equal(names["generate"](hf, prompts, stops, 40, seeds, record=taped)[0],
-                               want)
-    except AssertionError as error:
-        assert "host" in str(error)
 
 
 # -- 4. PPO's pieces -------------------------------------------------------------------------------
@@ -659,17 +614,16 @@ def test_calibrate_fits_what_was_asked_and_S_is_the_deviation_of_a_responses_tot
     entropy, mask, finished, _ = random_rows(11, B=64)
     values = randn(*mask.shape, seed=4) + 2
     ends = segment_ends(entropy, mask, finished, 2.0, "segment")
-    rewards = torch.where(ends, values, 0.0)
-    last = torch.stack([v[e][-1] for v, e in zip(values, ends)])
+    rewards, y = torch.where(ends, values, 0.0), values[ends]
     fit, S = train_ppo.calibrate(rewards, ends, mask, "global", "even")
-    y = values[ends]
     assert (fit.b_mean, fit.b_std) == pytest.approx((float(y.mean()), float(y.std(correction=0))))
     totals = [float(((v[e] - fit.b_mean) / fit.b_std).sum()) for v, e in zip(values, ends)]
     assert fit.w_mean == 0 and S == pytest.approx(np.std(totals), rel=1e-4)
-    fits = {kind: train_ppo.calibrate(rewards, ends, mask, kind, "even")[0]
-            for kind in ("location", "last", "none")}
-    assert fits["location"] == fit_normalizer(segment_locations(ends)[ends], y)
-    assert fits["last"].b_mean == pytest.approx(float(last.mean())) and fits["none"] == Normalizer()
+    last = np.mean([float(v[e][-1]) for v, e in zip(values, ends)])
+    fit, _ = train_ppo.calibrate(rewards, ends, mask, "last", "even")
+    assert fit.b_mean == pytest.approx(last)
+    fit, _ = train_ppo.calibrate(rewards, ends, mask, "location", "even")
+    assert fit == fit_normalizer(segment_locations(ends)[ends], y)
 
 
 def test_the_rules_for_length_and_end_come_after_scale_and_clamp():
@@ -707,7 +661,6 @@ def ppo(out, *flags):
     ({"a": 1, "b": 2}, "it has a, b"),
     ({"chosen": "H: is it good?", "rejected": "b"}, "give message lists or a prompt column"),
     ({**PAIR, "rejected": [*ASK, assistant(None)]}, "rejected"),
-    ({**PAIR, "chosen": ASK}, "chosen"),
     ({**PAIR, "prompt": "is it bad?"}, "prompt and chosen hold different turns")])
 def test_a_bad_row_is_refused_by_its_number(capsys, monkeypatch, row, words):
     monkeypatch.setattr(segment, "read_rows", lambda source, limit: [PAIR, row])
@@ -719,7 +672,6 @@ def test_a_bad_row_is_refused_by_its_number(capsys, monkeypatch, row, words):
 def bad(tmp_path_factory):
     """A folder of models and data with which something is wrong."""
     top = tmp_path_factory.mktemp("bad")
-    (top / "empty.jsonl").touch()
     (top / "torn.jsonl").write_text('{"chosen": [\n')
     write_rows(top / "own.jsonl", *[{"prompt": "is it good?", "chosen": "a", "rejected": "b"}] * 40)
     for name in ("nan", "rewriting", "words", "capped"):
@@ -738,16 +690,13 @@ def bad(tmp_path_factory):
 
 
 @pytest.mark.parametrize("run,flags,words", [
-    (rm, "--cutoff -1", "--cutoff"), (rm, "--cutoff nan", "--cutoff"), (rm, "--cutof 1", "--cutof"),
-    (rm, "--granularity word", "granularity"), (rm, "@no/such.args", "no/such.args"),
-    (rm, "--data #/no.jsonl", "no.jsonl"), (rm, "--data #/empty.jsonl", "empty.jsonl"),
-    (rm, "--data #/torn.jsonl", "torn.jsonl"), (rm, "--model #/no", "/no"),
-    (rm, "--max_tokens 4096", "--max_tokens"), (rm, "--batch_size 999", "--batch_size"),
+    (rm, "--cutoff nan", "--cutoff"), (rm, "--cutof 1", "--cutof"),
+    (rm, "--data #/no.jsonl", "no.jsonl"), (rm, "--data #/torn.jsonl", "torn.jsonl"),
+    (rm, "--model #/no", "/no"), (rm, "--batch_size 999", "--batch_size"),
     (rm, "--model #/nan", "not finite"), (rm, "--model #/capped", "more than a matrix"),
     (rm, "--model #/rewriting", "row 1: the chat template does not continue"),
     (ppo, "--batch_size 7", "--batch_size"), (ppo, "--max_new_tokens 999", "--max_new_tokens"),
-    (ppo, "--rollout_batch_size 80", "--rollout_batch_size"), (ppo, "--gold no.py:f", "--gold"),
-    (ppo, f"--reward_model {WORLD}/prepare.py:clause_values", "--granularity"),
+    (ppo, "--gold no.py:f", "--gold"),
     (ppo, f"--reward_model {SFT}", "does not say how it was trained"),
     (ppo, f"--reward_model {SFT} --granularity bandit", "weights are missing"),
     (ppo, "--reward_model #/words --granularity bandit", "/words: its token"),
@@ -852,15 +801,11 @@ def test_a_finished_run_is_never_touched(runs, capsys, name, run):
     out, flags = runs[name](), []
     if run is ppo:
         flags = ["--reward_model", runs["rm"]() + "/model"]
-
-    def look():
-        files = [path for path in glob.glob(f"{out}/**", recursive=True) if os.path.isfile(path)]
-        return [(path, os.stat(path).st_mtime_ns, open(path, "rb").read()) for path in files]
-    before = look()
+    before = [(path, os.stat(path).st_mtime_ns) for path in glob.glob(f"{out}/**", recursive=True)]
     run(out, *flags, "--resume", "--save_every", "9")
     assert "already finished" in capsys.readouterr().out
     assert "--seed was" in refused(capsys, run, out, *flags, "--seed", "5")
-    assert look() == before
+    assert before == [(path, os.stat(path).st_mtime_ns) for path, _ in before]
 
 
 def test_an_unfinished_run_wants_resume_and_a_foreign_folder_is_left_alone(tmp_path, capsys):
@@ -870,7 +815,6 @@ def test_an_unfinished_run_wants_resume_and_a_foreign_folder_is_left_alone(tmp_p
     (tmp_path / "config.json").write_text(json.dumps(vars(cfg)))
     assert "--resume" in refused(capsys, rm, tmp_path)
     assert "--lr was" in refused(capsys, rm, tmp_path, "--resume", "--lr", "1")
-    assert len(os.listdir(tmp_path)) == 2
 
 
 def test_what_a_run_logs(runs):
@@ -915,7 +859,7 @@ def test_a_released_reward_model_needs_only_granularity_and_cutoff(tmp_path, cap
     short = ["--reward_model", path, "--max_steps", "1", "--max_new_tokens", "16", "--granularity"]
     ppo(tmp_path / "calibrated", *short, "segment", "--cutoff", "1")
     ppo(tmp_path / "fitted", *short, "bandit", "--fit", "0 0 1.5 2", "--reward_scale", "none")
-    fit = json.load(open(tmp_path / "fitted/config.json"))["calibration"]
+    fit = read_json(tmp_path / "fitted/config.json")["calibration"]
     assert (fit["scale"], fit["normalizer"]["b_mean"], fit["normalizer"]["b_std"]) == (1, 1.5, 2)
     capsys.readouterr()
     segment.main(parse(segment.Config, [
@@ -979,7 +923,7 @@ def held_out(n=0):
 
 
 def test_the_sft_model_is_mediocre_and_its_surprise_lies_between_clauses():
-    world = json.load(open(f"{WORLD}/world.json"))
+    world = read_json(f"{WORLD}/world.json")
     assert world["gold"] == pytest.approx(-.72, abs=.15) and world["off_topic"] <= .30
     assert world["finished"] >= .98 and world["malformed"] <= .04
     _, _, gold, entropy, mask, finished = held_out()
@@ -990,41 +934,34 @@ def test_the_sft_model_is_mediocre_and_its_surprise_lies_between_clauses():
 
 
 # -- 8. The recipes of config/: the authors' numbers, written out once more ------------------------
-PHI3, LLAMA3, LLAMA31 = ("microsoft/Phi-3-mini-4k-instruct 2 1.75 Phi-3-mini-4k-instruct",
-                         "RLHFlow/LLaMA3-SFT-v2 1 2.0 rlhflow-llama-3-sft-8b-v2",
-                         "meta-llama/Llama-3.1-8B-Instruct 1 2.0 meta-llama-3-1-instruct-8b")
-RECIPES = [  # file, granularity, "model passes cutoff reward model", fit: w_mean w_std b_mean b_std
-    ("phi3-mini", "segment", PHI3, ".7668 .2569 .4705 2.8339"),
-    ("phi3-mini", "token", PHI3, ".9628 .3796 1.2917 3.5006"),
-    ("phi3-mini", "bandit", PHI3, "0 0 -.5195 2.1563"),
-    ("llama3-sft-8b", "segment", LLAMA3, ".8967 .5680 .8572 4.1667"),
-    ("llama3-sft-8b", "token", LLAMA3, "1.7340 .9906 1.3212 5.4513"),
-    ("llama3-sft-8b", "bandit", LLAMA3, "0 0 -.8164 2.9531"),
-    ("llama3.1-8b", "segment", LLAMA31.replace("3-1", "3.1"), ".8345 .4780 .8798 3.7358"),
-    ("llama3.1-8b", "token", LLAMA31, "1.6268 .6254 .6419 4.9217"),
-    ("llama3.1-8b", "bandit", LLAMA31, "0 0 -.8281 2.9375")]
+RECIPES = {  # passes, cutoff, fits w_mean w_std b_mean b_std on segments, tokens, bandit
+    "phi3-mini": (2, 1.75, [.7668, .2569, .4705, 2.8339], [.9628, .3796, 1.2917, 3.5006],
+                  [0, 0, -.5195, 2.1563]),
+    "llama3-sft-8b": (1, 2.0, [.8967, .5680, .8572, 4.1667], [1.7340, .9906, 1.3212, 5.4513],
+                      [0, 0, -.8164, 2.9531]),
+    "llama3.1-8b": (1, 2.0, [.8345, .4780, .8798, 3.7358], [1.6268, .6254, .6419, 4.9217],
+                    [0, 0, -.8281, 2.9375])}
 
 
-@pytest.mark.parametrize("file,granularity,model,fit", RECIPES)
-def test_recipes_of_the_paper(file, granularity, model, fit):
-    model, passes, cutoff, reward_model = model.split()
-    want = dict(
-        model=model, passes=int(passes), granularity=granularity,
-        cutoff=float(cutoff) if granularity == "segment" else None,
-        reward_model=f"yyqoni/{reward_model}-{granularity}-rm-700k", max_steps=0, ppo_epochs=1,
-        data="argilla/ultrafeedback-binarized-preferences-cleaned", rollout_batch_size=1024,
-        batch_size=128, max_prompt_tokens=1024, max_new_tokens=1024, actor_lr=5e-7, critic_lr=9e-6,
-        kl_coef=.01, clip=.2, value_clip=.2 if granularity == "bandit" else .25, gamma=1, lam=.95,
-        warmup=.03, clip_norm=1, normalizer="location", interpolation="even", reward_scale="none",
-        missing_eos_reward=0, divide_by_length=(file, granularity) == ("llama3-sft-8b", "token"),
-        bad_length=800 * ((file, granularity) == ("llama3.1-8b", "segment")), save_every=5)
-    cfg = parse(train_ppo.Config, [f"@config/{file}-{granularity}-ppo.args"])
-    assert {name: getattr(cfg, name) for name in want} == want
-    assert [float(x) for x in cfg.fit.split()] == [float(x) for x in fit.split()]
-    want = dict(model=model, cutoff=float(cutoff), data="hendrydong/preference_700K", epochs=1,
-                batch_size=128, lr=1e-6, max_tokens=2048, max_prompt_tokens=1728, max_steps=0)
-    cfg = parse(train_rm.Config, [f"@config/{file}-rm.args"])
-    assert {name: getattr(cfg, name) for name in want} == want
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_of_the_paper(name):
+    passes, cutoff, *fits = RECIPES[name]
+    for granularity, fit in zip(("segment", "token", "bandit"), fits):
+        cfg = parse(train_ppo.Config, [f"@config/{name}-{granularity}-ppo.args"])
+        assert [float(x) for x in cfg.fit.split()] == fit and cfg.granularity == granularity
+        assert cfg.reward_model.endswith(f"-{granularity}-rm-700k")
+        assert cfg.cutoff == (cutoff if granularity == "segment" else None)
+        assert cfg.value_clip == (.2 if granularity == "bandit" else .25)
+        assert cfg.divide_by_length == ((name, granularity) == ("llama3-sft-8b", "token"))
+        assert cfg.bad_length == 800 * ((name, granularity) == ("llama3.1-8b", "segment"))
+        assert (cfg.rollout_batch_size, cfg.batch_size, cfg.ppo_epochs) == (1024, 128, 1)
+        assert (cfg.max_prompt_tokens, cfg.max_new_tokens, cfg.save_every) == (1024, 1024, 5)
+        assert (cfg.actor_lr, cfg.critic_lr, cfg.kl_coef) == (5e-7, 9e-6, .01)
+        assert (cfg.reward_scale, cfg.missing_eos_reward, cfg.normalizer) == ("none", 0, "location")
+        assert (cfg.max_steps, cfg.passes) == (0, passes)
+    cfg = parse(train_rm.Config, [f"@config/{name}-rm.args"])
+    assert (cfg.cutoff, cfg.epochs, cfg.batch_size, cfg.lr) == (cutoff, 1, 128, 1e-6)
+    assert (cfg.max_tokens, cfg.max_prompt_tokens, cfg.max_steps) == (2048, 1728, 0)
 
 
 @pytest.mark.parametrize("module", [segment, train_rm, train_ppo])
@@ -1114,25 +1051,23 @@ def test_length_controlled_degenerate():
 
 
 def published_entry(name):
-    with open(f"{ALPACA}/instruction_difficulty.json") as f:
-        difficulty = json.load(f)
-    with gzip.open(f"{ALPACA}/annotations/{name}.jsonl.gz", "rt") as f:
-        rows = [json.loads(line) for line in f]
+    """preferences and both lengths, difficulties, gamed rows, the published figures"""
+    difficulty = np.array(read_json(f"{ALPACA}/instruction_difficulty.json"))
+    (rows,) = E.read_annotations([f"{ALPACA}/annotations/{name}.jsonl.gz"], "generator_2").values()
     gamed = E.read_annotations([f"{ALPACA}/gamed_baseline_surrogate.jsonl.gz"], "variant")
     variants = [(*E.columns_of(group), difficulty) for group in gamed.values()]
-    with open(f"{ALPACA}/published.json") as f:
-        return E.columns_of(rows), np.array(difficulty), variants, json.load(f)[name]
+    return E.columns_of(rows), difficulty, variants, read_json(f"{ALPACA}/published.json")[name]
 
 
 @needs_alpaca
 @pytest.mark.parametrize("name", ["FuseChat-Llama-3.2-3B-Instruct", "claude-2.1", "vicuna-7b-v1.5",
                                   "gpt4_0613_concise"])
-def test_published_figures(name):
+def test_published_figures_and_standard_errors_of_a_bootstrap(name):
     (y, a, b), d, gamed, truth = published_entry(name)
     for key, value in E.win_rate(y).items():
         assert value == pytest.approx(truth[key], abs=1e-6), key
-    official, plain = E.length_controlled_win_rate(y, a, b, d, gamed), \
-        E.length_controlled_win_rate(y, a, b)
+    official = E.length_controlled_win_rate(y, a, b, d, gamed)
+    plain = E.length_controlled_win_rate(y, a, b)
     assert abs(official["length_controlled_winrate"] - truth["length_controlled_winrate"]) < 0.12
     rng, draws = np.random.default_rng(0), []
     for _ in range(120):
@@ -1145,22 +1080,20 @@ def test_published_figures(name):
 
 
 @needs_alpaca
-def test_annotations_alone(tmp_path, capsys):
-    names = ["claude-2.1", "vicuna-7b-v1.5"]
-    E.main(E.Config(annotations=[f"{ALPACA}/annotations/{name}.jsonl.gz" for name in names],
-                    difficulty=f"{ALPACA}/instruction_difficulty.json", out=str(tmp_path),
-                    gamed=[f"{ALPACA}/gamed_baseline_surrogate.jsonl.gz"], html=True))
-    head, *rows = [line.split(",") for line in open(tmp_path / "leaderboard.csv").read().split()]
-    with open(f"{ALPACA}/sample_leaderboard.csv") as f:
-        assert head == f.readline().strip().split(",")
-    assert [row[0] for row in rows] == names
-    for name, row in zip(names, rows):
-        truth = published_entry(name)[3]
-        assert float(row[1]) == pytest.approx(truth["win_rate"], abs=1e-6)
-        assert int(row[9]) == truth["avg_length"]
-        assert abs(float(row[10]) - truth["length_controlled_winrate"]) < 0.12
-    said = capsys.readouterr().out
-    assert said.count("outside 20-80 %") == 2 and "fewer than 15 %" in said
+def test_annotations_alone_give_the_published_leaderboard(tmp_path):
+    name = "claude-2.1"
+    E.main(E.Config(annotations=[f"{ALPACA}/annotations/{name}.jsonl.gz"], out=str(tmp_path),
+                    difficulty=f"{ALPACA}/instruction_difficulty.json",
+                    gamed=[f"{ALPACA}/gamed_baseline_surrogate.jsonl.gz"]))
+    with open(tmp_path / "leaderboard.csv") as ours, \
+            open(f"{ALPACA}/sample_leaderboard.csv") as theirs:
+        rows = csv.DictReader(ours)
+        assert rows.fieldnames == csv.DictReader(theirs).fieldnames
+        row, truth = next(rows), published_entry(name)[3]
+    assert row[""] == name and int(row["avg_length"]) == truth["avg_length"]
+    assert float(row["win_rate"]) == pytest.approx(truth["win_rate"], abs=1e-6)
+    difference = float(row["length_controlled_winrate"]) - truth["length_controlled_winrate"]
+    assert abs(difference) < 0.12
 
 
 # -- 9. Evaluation: judges -------------------------------------------------------------------------
@@ -1168,12 +1101,12 @@ class Server(ThreadingHTTPServer):
     """Prefers the answer with more x. trouble(number of the request) -> None or what goes wrong."""
     daemon_threads = True
 
-    def __init__(self, trouble=None, logprobs=True):
-        self.trouble, self.logprobs, self.lock = trouble, logprobs, threading.Lock()
-        self.requests, self.keys = 0, set()
+    def __init__(self, trouble=lambda n: None, logprobs=True):
         super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.trouble, self.logprobs = trouble, logprobs
+        self.numbers, self.keys = itertools.count(1), []
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -1182,34 +1115,31 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server, key = self.server, self.headers.get("Authorization")
-        with server.lock:
-            server.requests += 1
-            server.keys.add(key)
-            trouble = server.trouble and server.trouble(server.requests)
-        if "logprobs" in body and not server.logprobs:
+        self.server.keys.append(self.headers["Authorization"])
+        trouble = self.server.trouble(next(self.server.numbers))
+        if "logprobs" in body and not self.server.logprobs:
             trouble = 400
         text = body["messages"][0]["content"]
-        replies = [re.search(f"<reply {k}>\n(.*)\n</reply {k}>", text, re.S)[1] for k in "AB"]
-        a, b = [reply.count("x") for reply in replies]
-        choice = {"message": {"role": "assistant", "content": "A" if a > b else "B"}}
-        if "logprobs" in body:           # two tokens for B; the judge leans towards A
-            top = [("A", .8 if a > b else .3), (" B", .1), ("B", .1 if a > b else .5), ("C", .1)]
-            top = [{"token": token, "logprob": math.log(p)} for token, p in top]
-            content = [{"token": choice["message"]["content"], "logprob": -1, "top_logprobs": top}]
-            choice["logprobs"] = {"content": content}
+        a, b = [reply.count("x") for reply in re.findall("<reply .>\n(.*?)\n</reply", text, re.S)]
+        letter = "A" if a > b else "B"
+        # two tokens for B; the judge leans towards A
+        top = {"A": .8 if a > b else .3, " B": .1, "B": .1 if a > b else .5, "C": .1}
+        top = [{"token": token, "logprob": math.log(p)} for token, p in top.items()]
+        choice = {"message": {"role": "assistant", "content": letter}}
+        if "logprobs" in body:
+            token = {"token": letter, "logprob": -1, "top_logprobs": top}
+            choice["logprobs"] = {"content": [token]}
         if trouble == "evasive":
             choice["message"]["content"] = "I cannot compare these."
-        payload = json.dumps({"choices": [choice]}).encode()
+        status, payload = 200, json.dumps({"choices": [choice]})
         if trouble == "garbage":
-            payload = b'{"choices": [{"mess'
+            payload = payload[:20]
         if isinstance(trouble, int):
-            payload = json.dumps({"error": {"message": f"not with {key}"}}).encode()
-        self.send_response(trouble if isinstance(trouble, int) else 200)
+            status, payload = trouble, json.dumps({"error": {"message": f"not {self.server.keys}"}})
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(payload)))
         self.end_headers()
-        self.wfile.write(payload)
+        self.wfile.write(payload.encode())
 
 
 def judge_config(folder, n=6, **settings):
@@ -1224,8 +1154,7 @@ def judge_config(folder, n=6, **settings):
 
 
 def preferences_in(folder):
-    with open(f"{folder}/out/annotations.json") as f:
-        return [row["preference"] for row in json.load(f)]
+    return [row["preference"] for row in read_json(f"{folder}/out/annotations.json")]
 
 
 def test_endpoint_asks_both_orders_and_pays_nothing_twice(tmp_path):
@@ -1235,40 +1164,33 @@ def test_endpoint_asks_both_orders_and_pays_nothing_twice(tmp_path):
     E.main(cfg)
     # the policy has one x more: as B it gets .6 of .9, as A .8; equal outputs are a draw, unasked
     assert preferences_in(tmp_path) == pytest.approx([1 + (2 / 3 + .8) / 2] * 5 + [1.5])
-    assert server.requests == 10
-    with open(tmp_path / "out/annotations.json") as f:
-        assert set(json.load(f)[0]) >= {"instruction", "output_1", "generator_1", "output_2",
-                                        "generator_2", "preference", "annotator"}
+    assert len(server.keys) == 10
     path = tmp_path / "out/verdicts.jsonl"
     rows = path.read_text().split("\n")                  # a newline stands before each
     path.write_text("\n".join(rows[:3]) + "\n" + rows[3][:40])               # two whole, one torn
     E.main(cfg)
-    assert server.requests == 10 + 2 * 3 and len(set(preferences_in(tmp_path))) == 2
+    assert len(server.keys) == 10 + 2 * 3 and len(set(preferences_in(tmp_path))) == 2
     E.main(replace(cfg, model=cfg.baseline, baseline=cfg.model))             # other pairs
-    assert server.requests == 16 + 10
     E.main(cfg)
-    assert server.requests == 26
+    assert len(server.keys) == 16 + 10
 
 
 def test_endpoint_without_logprobs_and_with_garbage(tmp_path, capsys):
     pytest.importorskip("openai")
     server = Server(logprobs=False)
-    E.main(judge_config(tmp_path, api_base=server.url))
-    assert preferences_in(tmp_path) == [2] * 5 + [1.5] and server.requests == 20
-    server = Server(trouble=lambda n: {1: "garbage", 2: "evasive", 3: 500}.get(n))
-    other = tmp_path / "other"
-    other.mkdir()
-    E.main(judge_config(other, api_base=server.url))
-    assert min(preferences_in(other)[:5]) > 1.5 and server.requests == 13
+    cfg = judge_config(tmp_path, n=2, api_base=server.url)
+    E.main(cfg)
+    assert preferences_in(tmp_path) == [2, 1.5] and len(server.keys) == 4
+    server = Server(trouble={1: "garbage", 2: "evasive", 3: 500}.get)
+    E.main(replace(cfg, api_base=server.url, judge="clumsy"))
+    assert preferences_in(tmp_path)[0] > 1.5 and len(server.keys) == 5
     # who evades for ever has no verdict, and is asked again by the next run
-    server.trouble = lambda n: "evasive"
-    cfg = judge_config(tmp_path, n=2, api_base=server.url, judge="shy")
-    E.main(cfg)
-    assert preferences_in(tmp_path) == [None, 1.5] and server.requests == 13 + 2 * 5
+    server = Server(trouble=lambda n: "evasive" if n <= 10 else None)
+    E.main(replace(cfg, api_base=server.url, judge="shy"))
+    assert preferences_in(tmp_path) == [None, 1.5] and len(server.keys) == 10
     assert "1 pairs have no verdict" in capsys.readouterr().out
-    server.trouble = None
-    E.main(cfg)
-    assert preferences_in(tmp_path)[0] > 1.5 and server.requests == 13 + 2 * 5 + 2
+    E.main(replace(cfg, api_base=server.url, judge="shy"))
+    assert preferences_in(tmp_path)[0] > 1.5 and len(server.keys) == 12
 
 
 def test_endpoint_trouble_is_one_line_and_the_key_is_in_no_file(tmp_path, capsys, monkeypatch):
@@ -1276,93 +1198,79 @@ def test_endpoint_trouble_is_one_line_and_the_key_is_in_no_file(tmp_path, capsys
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
     server = Server(trouble=lambda n: 401 if n > 8 else None)
     message = refused(capsys, E.main, judge_config(tmp_path, n=40, api_base=server.url))
-    assert server.keys == {"Bearer sk-secret-123"} and "401" in message and "***" in message
-    path, server = tmp_path / "out/verdicts.jsonl", Server()   # the same judge, elsewhere
+    assert set(server.keys) == {"Bearer sk-secret-123"} and "401" in message and "***" in message
+    path, server = tmp_path / "out/verdicts.jsonl", Server()     # the same judge, elsewhere
     kept = path.read_text().count("preference") if path.exists() else 0
     E.main(judge_config(tmp_path, n=40, api_base=server.url))
-    assert server.requests == 2 * (39 - kept)                    # what was paid for is not asked
+    assert len(server.keys) == 2 * (39 - kept)                   # what was paid for is not asked
     texts = [path.read_text() for path in (tmp_path / "out").iterdir()]
     assert "sk-secret" not in message + "".join(texts)
 
 
-def test_function_judge(tmp_path, capsys):
+def test_function_judge_and_what_files_must_hold(tmp_path, capsys):
     judge = tmp_path / "judge.py"
     judge.write_text("def score(prompt, response):\n    return min(len(response), 3)\n"
                      "def bad(prompt, response, finished):\n    return float('nan')\n")
-    E.main(judge_config(tmp_path, judge=f"{judge}:score"))
+    cfg = judge_config(tmp_path, judge=f"{judge}:score")
+    E.main(cfg)
     assert preferences_in(tmp_path) == [2, 2, 1.5, 1.5, 1.5, 1.5]
-    assert "nan" in refused(capsys, E.main, judge_config(tmp_path, judge=f"{judge}:bad"))
-    assert "nowhere.py" in refused(capsys, E.main, judge_config(tmp_path, judge="nowhere.py:score"))
-    cfg = judge_config(tmp_path, judge=f"{judge}:score", data=f"{tmp_path}/other.json")
-    rows = [{"instruction": "another"}] * 6
-    (tmp_path / "other.json").write_text(json.dumps(rows))
-    assert "row 1" in refused(capsys, E.main, cfg)
-    for row in ({"preference": 3, "len_1": 1, "len_2": 1}, {"preference": 2, "len_1": 1},
-                {"len_1": 1, "len_2": 2}):
-        (tmp_path / "bad.jsonl").write_text(json.dumps(row))
-        cfg = E.Config(annotations=[f"{tmp_path}/bad.jsonl"], out=f"{tmp_path}/figures")
-        assert "row 1" in refused(capsys, E.main, cfg)
+    assert "nan" in refused(capsys, E.main, replace(cfg, judge=f"{judge}:bad"))
+    other = write_rows(tmp_path / "other.json", {"instruction": "another prompt than theirs"})
+    assert "row 1" in refused(capsys, E.main, replace(cfg, data=other))
+    for row in ({"preference": 3, "len_1": 1, "len_2": 1}, {"preference": 2, "len_1": 1}):
+        path = write_rows(tmp_path / "bad.jsonl", row)
+        assert "row 1" in refused(capsys, E.main, E.Config(annotations=[path], out=cfg.out))
 
 
 # -- 9. Evaluation: models as judges and as policies -----------------------------------------------
-def test_chat_model_judge_is_two_readings_of_two_letters(families, tmp_path, capsys, monkeypatch):
+def test_chat_model_judge_is_two_readings_of_two_letters(families, tmp_path, monkeypatch):
     monkeypatch.setattr(E, "QUESTION", "{}\nA: {}\nB: {}\nA or B?")        # their context is small
     cfg = judge_config(tmp_path, n=3, judge=families["qwen2"])
     E.main(cfg)
-    with open(tmp_path / "out/annotations.json") as f:
-        row, p = json.load(f)[0], []
+    row, p = read_json(tmp_path / "out/annotations.json")[0], []
     tokenizer, _ = segment.load_tokenizer(cfg.judge)
     model = AutoModelForCausalLM.from_pretrained(cfg.judge)
     letters = [tokenizer(k, add_special_tokens=False)["input_ids"][0] for k in "AB"]
     for question in E.questions(row):
-        text = tokenizer.apply_chat_template([{"role": "user", "content": question}],
-                                             add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids = tokenizer.apply_chat_template([user(question)], add_generation_prompt=True,
+                                            return_tensors="pt", return_dict=False)
         p.append(model(ids).logits[0, -1, letters].softmax(-1)[1].item())
     assert row["preference"] == pytest.approx(1 + (p[0] + 1 - p[1]) / 2, abs=1e-5)
     before = (tmp_path / "out/verdicts.jsonl").read_text()
     E.main(cfg)
     assert (tmp_path / "out/verdicts.jsonl").read_text() == before
-    cfg = replace(cfg, judge=SFT)                        # it knows no such words
-    assert "letters A and B" in refused(capsys, E.main, cfg)
 
 
 def test_reward_model_judge_and_answers_used_again(tmp_path, capsys):
+    judge = f"{tmp_path}/rm/model"
     rm = AutoModelForSequenceClassification.from_pretrained(SFT, num_labels=1)   # untrained
     rm.config.update({"segment_granularity": "segment", "segment_cutoff": 1.0,
                       "segment_model": SFT})
-    rm.save_pretrained(f"{tmp_path}/rm/model")
-    segment.load_tokenizer(SFT)[0].save_pretrained(f"{tmp_path}/rm/model")
-    cfg = E.Config(model=SFT, judge=f"{tmp_path}/rm/model", max_samples=6, max_new_tokens=24,
-                   show=0, out=f"{tmp_path}/out", html=True)
+    rm.save_pretrained(judge)
+    segment.load_tokenizer(SFT)[0].save_pretrained(judge)
+    cfg = E.Config(model=SFT, judge=judge, max_samples=6, max_new_tokens=24, show=0,
+                   out=f"{tmp_path}/out", html=True)
     E.main(cfg)
-    with open(tmp_path / "out/annotations.json") as f:
-        rows = json.load(f)
+    rows, answers = [read_json(f"{cfg.out}/{name}.json") for name in ("annotations", "sft")]
     for row in rows:
         expected = 1 + 1 / (1 + math.exp(row["score_1"] - row["score_2"]))
         assert row["preference"] == pytest.approx(expected)
-    assert {row["generator_2"] for row in rows} == {"sft"}
-    assert rows[0]["generator_1"] == "sft-baseline"
+    assert (rows[0]["generator_2"], rows[0]["generator_1"]) == ("sft", "sft-baseline")
     assert any(row["output_1"] != row["output_2"] for row in rows)           # their own luck
-    with open(tmp_path / "out/sft.json") as f:
-        answers = json.load(f)
-    assert not any(row["finished"] for row in answers)
     (tmp_path / "out/sft.json").write_text(json.dumps(answers[:2]))          # killed while sampling
     capsys.readouterr()
-    E.main(replace(cfg, max_new_tokens=24, generation_batch_size=3))
+    E.main(replace(cfg, generation_batch_size=3))
     said = capsys.readouterr().out
     assert "sft: 2 of 6 answers are in" in said and "are cut by" in said
-    with open(tmp_path / "out/sft.json") as f:
-        assert json.load(f) == answers
+    assert read_json(f"{cfg.out}/sft.json") == answers
     assert "another --out" in refused(capsys, E.main, replace(cfg, seed=1))
-    config = json.load(open(f"{tmp_path}/rm/model/config.json"))
+    config = read_json(f"{judge}/config.json")           # a judge that does not say how it was made
     for key in ("segment_granularity", "segment_cutoff", "segment_model"):
         del config[key]
     (tmp_path / "rm/model/config.json").write_text(json.dumps(config))
     assert "--granularity" in refused(capsys, E.main, cfg)
     E.main(replace(cfg, granularity="segment", cutoff=1.0))                  # cut by --baseline
-    with open(tmp_path / "out/annotations.json") as f:
-        assert json.load(f) == rows
+    assert read_json(f"{cfg.out}/annotations.json") == rows
 
 
 def test_page_escapes_everything(tmp_path):
@@ -1457,7 +1365,7 @@ def test_a_responses_total_reward_grows_with_its_segments(main_job, tmp_path, us
     """S, of the main job's reward model used at each granularity."""
     ppo(tmp_path / "out", "--reward_model", "out/rm/model", "--granularity", use, "--max_steps",
         "1", "--max_new_tokens", "124", "--calibration_samples", "400")
-    assert least <= json.load(open(tmp_path / "out/config.json"))["calibration"]["scale"] <= most
+    assert least <= read_json(tmp_path / "out/config.json")["calibration"]["scale"] <= most
 
 
 def test_true_rewards_per_segment_teach_faster_than_per_response(tmp_path):
