@@ -271,8 +271,6 @@ def judge_by_chat_model(cfg, pairs, device):
             rows += four
         if block:
             differ = np.flatnonzero(rows[0][1] != rows[1][1])
-            if not len(differ):
-                fail(f"--judge {cfg.judge}: its tokenizer does not know the letters A and B")
             logprobs, _ = map_rows(model, rows, cfg.micro_tokens, device)                # (4b, R)
             letters = logprobs[:, differ[0]].view(-1, 2, 2)                # (b, 2 orders, A and B)
             p = letters.softmax(-1)[..., 1]                                              # (b, 2)
@@ -491,11 +489,8 @@ def figures(policies, difficulty, gamed):
         "    mean score")
     for name, rows in policies.items():
         preferences, len_1, len_2 = columns_of(rows)
-        try:
-            row = {**win_rate(preferences), "mode": "community", "avg_length": int(len_2.mean())}
-            lc = length_controlled_win_rate(preferences, len_1, len_2, difficulty, variants)
-        except ValueError as error:
-            fail(f"{name}: {error}")
+        row = {**win_rate(preferences), "mode": "community", "avg_length": int(len_2.mean())}
+        lc = length_controlled_win_rate(preferences, len_1, len_2, difficulty, variants)
         rate, rate_error = lc.values()
         counts = f"{row['n_wins']}/{row['n_draws']}/{row['n_wins_base']}"
         score = "-"

@@ -27,7 +27,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Literal, Optional
@@ -195,11 +194,8 @@ def parse(Config, argv=None):
     parser = HfArgumentParser(Config, fromfile_prefix_chars="@", allow_abbrev=False)
     parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
     parser.error = fail
-    try:
-        cfg, unknown = parser.parse_args_into_dataclasses(
-            argv, look_for_args_file=False, return_remaining_strings=True)
-    except ValueError as error:                                  # an open quote in an @file
-        fail(f"flags: {error}")
+    cfg, unknown = parser.parse_args_into_dataclasses(
+        argv, look_for_args_file=False, return_remaining_strings=True)
     if unknown:
         fail(f"unknown flag or argument: {unknown[0]} (--help lists the flags)")
     for name, value in asdict(cfg).items():
@@ -318,8 +314,10 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
 
 def trained_how(path, granularity, cutoff):
     """A reward model's own granularity and cutoff: from its config.json, where train_rm.py writes
-    them, or, for one released without them, from the flags."""
-    config = read_config(path)
+    them, or, for one released without them and for a function, from the flags."""
+    config = None
+    if ".py:" not in path:
+        config = read_config(path)
     if hasattr(config, "segment_granularity"):
         return config.segment_granularity, config.segment_cutoff
     if granularity is None or granularity == "segment" and cutoff is None:
@@ -407,8 +405,6 @@ def read_rows(source, limit=0):
             data = datasets.load_dataset(name, split=split)
     except Exception as error:
         fail(f"{source}: cannot be read as a data set ({error.__cause__ or error})")
-    if not len(data):
-        fail(f"{source}: there are no rows in it")
     return data.select(range(min(limit or len(data), len(data))))
 
 
@@ -446,21 +442,17 @@ def conversation(row, side, where):
 def load_pairs(source, limit=0):
     """[(prompt messages, chosen text, rejected text, "SOURCE row n")]; pairs that teach nothing are
     dropped and counted."""
-    pairs, dropped = [], Counter()
-    for n, row in enumerate(read_rows(source, limit), 1):
+    rows, pairs = read_rows(source, limit), []
+    for n, row in enumerate(rows, 1):
         where = f"{source} row {n}"
         prompt, chosen = conversation(row, "chosen", where)
         other_prompt, rejected = conversation(row, "rejected", where)
-        if prompt != other_prompt:
-            dropped["two different prompts"] += 1
-        elif chosen == rejected:
-            dropped["equal responses"] += 1
-        elif not chosen.strip() or not rejected.strip():
-            dropped["an empty response"] += 1
-        else:
+        both_there = chosen.strip() and rejected.strip()
+        if both_there and chosen != rejected and prompt == other_prompt:
             pairs.append((prompt, chosen, rejected, where))
-    for reason, count in dropped.items():
-        say(f"{source}: dropped {count} pairs with {reason}")
+    if len(pairs) < len(rows):
+        say(f"{source}: dropped {len(rows) - len(pairs)} of {len(rows)} pairs: a response is empty "
+            "or equals the other, or the prompts differ")
     return pairs or fail(f"{source}: no pair is left")
 
 
@@ -491,10 +483,7 @@ def load_tokenizer(path):
     """The tokenizer and its stop tokens, (n,): EOS by the tokenizer and by generation_config (or,
     without one, by config)."""
     eos = read_config(path).eos_token_id
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        fail(f"{path}: no tokenizer there ({error})")
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     try:
         eos = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:

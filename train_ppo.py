@@ -371,11 +371,9 @@ def load_function(spec, flag):
     """file.py:name -> f(prompt text, response text, finished), which passes `finished` on to a
     function that takes it."""
     path, _, name = spec.rpartition(":")
-    if not os.path.isfile(path):
-        fail(f"{flag} {spec}: must be file.py:function; there is no file {path or spec}")
-    function = runpy.run_path(path).get(name)
-    if function is None:
-        fail(f"{flag} {spec}: {path} has no function {name}")
+    function = os.path.isfile(path) and runpy.run_path(path).get(name)
+    if not function:
+        fail(f"{flag} {spec}: must be file.py:function; there is no such file, or function in it")
     if "finished" in inspect.signature(function).parameters:
         return lambda prompt, response, finished: function(prompt, response, finished=finished)
     return lambda prompt, response, finished: function(prompt, response)
@@ -397,13 +395,10 @@ class Reward:
     def __init__(self, cfg, tokenizer, stops, dtype, device):
         self.cfg, self.tokenizer, self.stops, self.device = cfg, tokenizer, stops, device
         self.function = None
+        self.own, cutoff = trained_how(cfg.reward_model, cfg.granularity, cfg.cutoff)
         if ".py:" in cfg.reward_model:
             self.function = load_function(cfg.reward_model, "--reward_model")
-            if cfg.granularity is None or cfg.granularity == "segment" and cfg.cutoff is None:
-                fail("--reward_model of a function needs --granularity, and --cutoff for segments")
-            self.own, cutoff = cfg.granularity, 0.0
         else:
-            self.own, cutoff = trained_how(cfg.reward_model, cfg.granularity, cfg.cutoff)
             trained_with = getattr(read_config(cfg.reward_model), "segment_model", cfg.model)
             if trained_with != cfg.model:
                 say(f"note: {cfg.reward_model} was trained on the segments of {trained_with}")
