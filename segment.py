@@ -483,7 +483,10 @@ def load_tokenizer(path):
     """The tokenizer and its stop tokens, (n,): EOS by the tokenizer and by generation_config (or,
     without one, by config)."""
     eos = read_config(path).eos_token_id
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:               # for a missing file it talks of other packages
+        fail(f"{path}: no tokenizer there ({error})")
     try:
         eos = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:

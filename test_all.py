@@ -1025,7 +1025,7 @@ def test_length_controlled_with_difficulty_and_gamed_rows_has_no_gradient():
         got = E.length_controlled_win_rate(*parts[0], parts[1:])
     finally:
         E.logistic_fit = fit
-    (w_t, w_d, w_0), gradient = seen[0], np.zeros(3)
+    (_, w_d, w_0), gradient = seen[0], np.zeros(3)
     for n, (y, a, b, d) in enumerate(parts):
         for i in range(90):
             x = np.array([np.tanh((a - b)[i] / np.std(a - b, ddof=1)), d[i], float(n == 0)])
