@@ -136,9 +136,12 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
         mask[b, P - len(p):] = 1
     position = (mask.cumsum(1) - 1).clamp(min=0)                                         # (B, P)
     cache = Cache(layers=[StaticLayer(P - 1) for _ in range(hf.config.num_hidden_layers)])
+    cached = {"use_cache": True, "past_key_values": cache}
+    if "cache" in inspect.signature(hf.forward).parameters:      # its name since transformers 5.24
+        cached = {"use_cache": True, "cache": cache}
     if P > 1:
         hf(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=position[:, :-1],
-           past_key_values=cache, use_cache=True, logits_to_keep=1)
+           logits_to_keep=1, **cached)
     token = ids[:, -1:]                                      # (b, 1)
     position = position[:, -1:]                              # (b, 1)
     mask = mask[:, :-1]                                      # (b, cache) 0 on the left padding
@@ -147,7 +150,7 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
 
     def step():                   # on tensors that the loop below makes anew for each block
         logits = hf(input_ids=token, attention_mask=mask, position_ids=position,
-                    past_key_values=cache, use_cache=True).logits[:, -1].float()         # (b, V)
+                    **cached).logits[:, -1].float()                                      # (b, V)
         scores = logits
         if banned is not None:
             scores = scores.masked_fill(banned, -math.inf)

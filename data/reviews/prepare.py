@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # -----------------------------------------------------------------------------
 # the language. A clause is a phrase with an adverb in place of ~, and a full stop. First words are unique, so that
@@ -222,11 +222,12 @@ def sample(model, tokenizer, prompts, temperatures, generator, rows=256):
     chunks = [group[i:i + rows] for group in groups.values() for i in range(0, len(group), rows)]
     texts, finished = [""] * len(ids), [False] * len(ids)
     for chunk in tqdm(chunks, desc="sampling responses", mininterval=1):
-        last, cache, new = torch.tensor([ids[b] for b in chunk]), None, []                            # (B, P)
+        last, cache, new = torch.tensor([ids[b] for b in chunk]), DynamicCache(), []                  # (B, P)
         done = torch.zeros(len(chunk), 1, dtype=torch.bool)
         while len(new) < limit and not done.all():
-            out = model(input_ids=last, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, logits = out.past_key_values, out.logits[:, -1] / temperatures[chunk, None]        # (B, V)
+            # no mask, no positions; the cache by its place: transformers 5.24 renamed it
+            out = model(last, None, None, cache, use_cache=True, logits_to_keep=1)
+            logits = out.logits[:, -1] / temperatures[chunk, None]                                    # (B, V)
             logits[:, banned] = -math.inf
             cdf = logits.softmax(-1).cumsum(-1)  # inverse CDF: twenty times faster than torch.multinomial here
             u = torch.rand(len(chunk), 1, generator=generator) * cdf[:, -1:]
