@@ -1,20 +1,19 @@
 """Chapter 4 of 4: does the policy answer better than the baseline?
 
     python evaluate.py                                      # the embedded world: PPO against SFT
-    python evaluate.py --judge out/rm/model --html          # a reward model judges; a page of pairs
-    python evaluate.py --baseline out/ppo-bandit/model --out out/eval-2      # two policies
-    torchrun --nproc_per_node=8 evaluate.py --baseline SFT --data prompts.jsonl --judge CHAT_MODEL
-    OPENAI_API_KEY=... python evaluate.py ... --judge gpt-4.1 --api_base https://api.openai.com/v1
+    python evaluate.py --judge out/rm/model --html --out out/eval-rm     # a page with the pairs
+    torchrun --nproc_per_node=8 evaluate.py --model out/ppo/model --baseline SFT --data prompts.jsonl \\
+        --judge gpt-4.1 --api_base https://api.openai.com/v1
     python evaluate.py --annotations FILES --difficulty FILE --gamed FILE    # figures alone
 
 Both answer the same prompts, a judge prefers one answer of each pair, the preferences become a win
 rate. Judges like long answers, so a second figure asks what the win rate would be at equal length
 (Dubois et al. 2024, arXiv 2404.04475). Files have alpaca_eval's formats. What differs from it: the
-fit has no penalty (within 0.12 points of their leaderboard); its standard error agrees with a
-bootstrap (theirs is 2-6 times too small); language models see both orders of a pair.
+fit has no penalty (within 0.12 points of their leaderboard); its standard error is a bootstrap's
+(theirs is 2-6 times too small); a language model sees both orders of a pair.
 """
 import csv
-import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -27,43 +26,43 @@ from typing import List, Optional
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig
 
-from segment import (WORLD, Dtype, Granularity, LanguageModel, compute_dtype, encode_chats,
-                     encode_prompts, fail, in_world, load_model, load_prompts,
-                     load_tokenizer, map_rows, opt, parse, prepare_world, prompt_text,
-                     rank, read_config, read_rows, response_mask, say, segment_ends, segment_texts,
-                     sequence_score, setup, trained_how)
+from segment import (Dtype, Granularity, LanguageModel, answer_text, check_context, context_of,
+                     cut_rows, encode_chats, encode_prompts, fail, load_model, load_prompts,
+                     load_tokenizer, map_rows, parse, prompt_text, rank, read_config, read_rows,
+                     say, segment_texts, sequence_score, set_precision, setup)
 from train_rm import ScalarModel, write_text
-from train_ppo import load_function, never_sampled, plain_copy, same_tokens, sample
+from train_ppo import (banned_tokens, gold_reward, load_function, plain_copy, same_tokens, sample,
+                       trained_how)
 
 
 @dataclass
 class Config:
-    model: str = opt("out/ppo/model", "the policy: a model, or a .json file of alpaca_eval outputs")
-    baseline: str = opt(f"{WORLD}/sft", "what it is compared with: likewise")
-    data: str = opt(f"{WORLD}/prompts_test.jsonl", "prompts")
-    judge: str = opt(f"{WORLD}/prepare.py:gold_reward", "file.py:function of (prompt, response), a "
-                     "reward model, a chat model, or with --api_base a model there")
-    api_base: str = opt("", "URL of an OpenAI-compatible server; the key is in OPENAI_API_KEY")
-    granularity: Optional[Granularity] = opt(None, "of a reward model that does not say its own")
-    cutoff: Optional[float] = opt(None, "likewise; its segments are then cut by --baseline")
-    out: str = opt("out/eval", "output folder")
-    annotations: List[str] = field(default_factory=list, metadata={
-        "help": "alpaca_eval annotations, with outputs or their lengths len_1 and len_2"})
-    difficulty: str = opt("", "alpaca_eval's instruction difficulties: a JSON list, in row order")
-    gamed: List[str] = field(default_factory=list, metadata={
-        "help": "annotations of length-gamed baselines, told apart by their column variant"})
-    temperature: float = opt(1.0, "1: what PPO trained; 0: greedy")
-    max_prompt_tokens: int = opt(128, "longer prompts lose their oldest tokens (paper: 1024)")
-    max_new_tokens: int = opt(128, "paper: 1024")
-    max_samples: int = opt(0, "read at most this many prompts (0: all)")
-    seed: int = opt(0, "of the samples")
-    dtype: Dtype = opt("auto", "bf16 on CUDA, fp32 on CPU")
-    micro_tokens: int = opt(16384, "tokens in one GPU's forward pass: lower it when out of memory")
-    generation_batch_size: int = opt(128, "responses decoded at once on one GPU")
-    show: int = opt(3, "pairs to print")
-    html: bool = opt(False, "write OUT/index.html: the figures and up to 100 pairs")
+    # who is compared with whom, on what, by whom
+    model: str = "out/ppo/model"               # the policy: a model, or a file of its outputs
+    baseline: str = "data/reviews/sft"         # what it is compared with: likewise
+    data: str = "data/reviews/prompts_test.jsonl"  # prompts
+    judge: str = ""                            # file.py:function of (prompt, response), a reward
+    #                                            model, or with --api_base the name of a model there
+    api_base: str = ""                         # an OpenAI-compatible URL; key: OPENAI_API_KEY
+    trained_granularity: Optional[Granularity] = None  # of a released reward model
+    cutoff: Optional[float] = None             # likewise, nats
+    out: str = "out/eval"                      # output folder
+    html: bool = False                         # write OUT/index.html: figures and up to 100 pairs
+    # figures of alpaca_eval's files alone
+    annotations: List[str] = field(default_factory=list)  # one policy a file
+    difficulty: str = ""                       # instruction difficulties: a JSON list, by index
+    gamed: List[str] = field(default_factory=list)  # annotations of length-gamed baselines
+    # sampling
+    temperature: float = 1.0                   # 1: what PPO trained; 0: greedy
+    max_prompt_tokens: int = 128               # longer prompts lose their oldest (paper: 1024)
+    max_new_tokens: int = 128                  # of a response (paper: 1024)
+    max_samples: int = 0                       # read at most this many prompts (0: all)
+    seed: int = 0                              # of the samples
+    # hardware
+    generation_batch_size: int = 128           # responses decoded at once on one GPU
+    micro_batch_size: int = 16                 # rows in one forward pass of one GPU
+    dtype: Dtype = "auto"                      # bf16 on CUDA, fp32 on CPU
 
 
 # -- Figures: the win rate, and the win rate at equal length ---------------------------------------
@@ -81,9 +80,7 @@ def outcomes(preferences):
 
 def standard_error(x):
     """Of the mean of x, (n,), in percent"""
-    if len(x) < 2:
-        return math.nan
-    return 100 * float(x.std(ddof=1)) / math.sqrt(len(x))
+    return 100 * float(np.std(x, ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else math.nan
 
 
 def win_rate(preferences):
@@ -97,9 +94,14 @@ def win_rate(preferences):
     wins = int((y > 0.5).sum())
     losses = int((y < 0.5).sum())
     draws = len(y) - wins - losses
-    return {"win_rate": 100 * float(y.mean()), "standard_error": standard_error(y),
-            "n_wins": wins, "n_wins_base": losses, "n_draws": draws, "n_total": len(y),
-            "discrete_win_rate": 100 * (wins + draws / 2) / len(y)}
+    return {
+        "win_rate": 100 * float(y.mean()),
+        "standard_error": standard_error(y),
+        "n_wins": wins,
+        "n_wins_base": losses,
+        "n_draws": draws,
+        "n_total": len(y),
+        "discrete_win_rate": 100 * (wins + draws / 2) / len(y)}
 
 
 def design(preferences, len_baseline, len_model, difficulty, constant):
@@ -111,10 +113,9 @@ def design(preferences, len_baseline, len_model, difficulty, constant):
     t = np.zeros(len(D))                                                                 # (n,)
     if np.ptp(D[there]) > 0:
         t = np.tanh(D / D[there].std(ddof=1))
-    columns = [t]
+    columns = [t, np.full(len(D), constant)]
     if difficulty is not None:
-        columns.append(np.asarray(difficulty, dtype=np.float64)[:len(y)])    # row i has the i-th
-    columns.append(np.full(len(D), constant))
+        columns.insert(1, np.asarray(difficulty, dtype=np.float64))
     return y[there], np.stack(columns, 1)[there]
 
 
@@ -123,116 +124,99 @@ def sigmoid(z):
 
 
 def logistic_fit(x, y, weight):
-    """Newton's method for y ~ sigmoid(x @ w). x (m, k); y, weight (m,). Returns w (k,) and the
-    Hessian (k, k); w is None if x separates the outcomes perfectly, for then no w is the best."""
+    """Newton's method for y ~ sigmoid(x @ w). x (m, k); y, weight (m,). Returns w (k,), NaN if x
+    separates the outcomes perfectly, for then no w is the best."""
     w = np.zeros(x.shape[1])
     for _ in range(100):
         p = sigmoid(x @ w)                                                               # (m,)
         hessian = (x.T * (weight * p * (1 - p))) @ x                                     # (k, k)
         step = np.linalg.lstsq(hessian, x.T @ (weight * (y - p)), rcond=None)[0]
         # a full step can overshoot: at most 3 logits at a time
-        largest = np.abs(x @ step).max()
-        w = w + step * min(1, 3 / (1e-9 + largest))
+        w = w + step * min(1, 3 / (1e-9 + np.abs(x @ step).max()))
         if np.abs(x @ w).max() > 25:
-            return None, None
+            return np.full(len(w), math.nan)
         if np.abs(step).max() < 1e-10:
             break
-    return w, hessian
+    return w
 
 
-def length_controlled_win_rate(preferences, len_baseline, len_model, difficulty=None, gamed=None):
-    """The win rate that a logistic regression predicts at equal length, and its standard error.
+def length_controlled_win_rate(preferences, len_baseline, len_model, difficulty=None, gamed=()):
+    """The win rate that a logistic regression predicts at equal length, and its standard error by
+    bootstrap over the pairs, in percent.
 
-    preferences: in [1, 2], (n,); lengths in characters, (n,); difficulty: at least n floats; gamed:
+    preferences: in [1, 2], (n,); lengths in characters, (n,); difficulty: (n,); gamed:
     [(preferences, len_baseline, len_model, difficulty)], one for each variant. With difficulty and
-    gamed it is AlpacaEval 2's official figure. In percent; the raw win rate where lengths do not
-    vary or one outcome is throughout; NaN where length separates the outcomes perfectly.
+    gamed it is AlpacaEval 2's official figure. The raw win rate where lengths do not vary or one
+    outcome is throughout; NaN where length separates the outcomes perfectly.
     """
     y, x = design(preferences, len_baseline, len_model, difficulty, 1.0)             # (m,), (m, k)
+    # The baseline told to be brief, or long, against itself pins down what length alone does. Such
+    # rows weigh a tenth and have no intercept: the baseline is no better than itself.
+    parts = [design(*variant, constant=0.0) for variant in gamed or ()]
+    weight = np.ones(len(y) + sum(len(y_gamed) for y_gamed, _ in parts))                 # (M,)
+    weight[len(y):] = 0.1
+
+    def rate(rows):
+        """The figure if the pairs were these"""
+        all_x = np.concatenate([x[rows], *[x_gamed for _, x_gamed in parts]])            # (M, k)
+        all_y = np.concatenate([y[rows], *[y_gamed for y_gamed, _ in parts]])            # (M,)
+        w = logistic_fit(all_x, all_y, weight)
+        return 100 * float(sigmoid(x[rows, 1:] @ w[1:]).mean())                          # t = 0
+
     if not x[:, 0].any() or np.ptp(y) == 0:
         return {"length_controlled_winrate": 100 * float(y.mean()),
                 "lc_standard_error": standard_error(y)}
-    # The baseline told to be brief, or long, against itself pins down what length alone does. Such
-    # rows weigh a tenth and have no intercept: the baseline is no better than itself.
-    parts = [(y, x)] + [design(*variant, constant=0.0) for variant in gamed or []]
-    all_y, all_x = [np.concatenate(part) for part in zip(*parts)]                    # (M,), (M, k)
-    weight = np.where(np.arange(len(all_y)) < len(y), 1.0, 0.1)
-    w, hessian = logistic_fit(all_x, all_y, weight)
-    if w is None:
-        return {"length_controlled_winrate": math.nan, "lc_standard_error": math.nan}
-    equal = x * (np.arange(x.shape[1]) > 0)                              # (m, k) with t = 0
-    p, q = sigmoid(x @ w), sigmoid(equal @ w)                                        # (m,) each
-    # Row i moves the mean of q by its own q, and by moving w: by H^-1 x_i (y_i - p_i), times the
-    # gradient of mean q by w.
-    gradient = (equal * (q * (1 - q))[:, None]).mean(0)                              # (k,)
-    through_w = (y - p) * (x @ np.linalg.lstsq(hessian, gradient, rcond=None)[0])    # (m,)
-    influence = q - q.mean() + len(y) * through_w                                    # (m,)
-    return {"length_controlled_winrate": 100 * float(q.mean()),
-            "lc_standard_error": standard_error(influence)}
+    lc = rate(np.arange(len(y)))
+    random = np.random.default_rng(0)
+    draws = [rate(random.integers(0, len(y), len(y))) for _ in range(0 if math.isnan(lc) else 500)]
+    # resamples that are separated are left out
+    return {"length_controlled_winrate": lc,
+            "lc_standard_error": float(np.nanstd(draws, ddof=1)) if draws else math.nan}
 
 
-# -- Judges ----------------------------------------------------------------------------------------
-# Each yields (pair, preference), None where it cannot tell. A pair: messages, instruction (their
-# text), output_1 and finished_1 (the baseline's; did a stop token end it?), the policy's likewise
-def judge_by_function(cfg, pairs, device):
+# -- Judges: from prompts and both sides' answers to preferences, None where one cannot tell --------
+# An answer: {"instruction", "output", "generator", "finished"}; judges that score note it there
+def judge_by_function(cfg, one, two):
     """The higher score wins."""
     function = load_function(cfg.judge, "--judge")
-    for pair in pairs:
-        a = float(function(pair["instruction"], pair["output_1"], pair["finished_1"]))
-        b = float(function(pair["instruction"], pair["output_2"], pair["finished_2"]))
-        if not math.isfinite(b - a):                     # a NaN would pass for a draw
-            fail(f"--judge {cfg.judge}: scores {a} and {b} for {pair['instruction'][:60]!r}")
-        pair["score_1"], pair["score_2"] = a, b
-        yield pair, 1.5 + float(np.sign(b - a)) / 2
+    for answer in [*one, *two]:
+        answer["score"] = float(gold_reward(function, answer["instruction"], answer["output"],
+                                            answer["finished"]))
+        if not math.isfinite(answer["score"]):           # NaN would pass for a draw
+            fail(f"--judge {cfg.judge}: gives {answer['score']} for {answer['output'][:60]!r}")
+    return [1.5 + np.sign(b["score"] - a["score"]) / 2 for a, b in zip(one, two)]
 
 
-def judge_by_reward_model(cfg, pairs, device):
-    """Bradley-Terry: the policy's answer is better with probability sigmoid(score_2 - score_1), the
-    scores read as the reward model was trained (chapter 2)."""
-    granularity, cutoff = trained_how(cfg.judge, cfg.granularity, cfg.cutoff)
+def judge_by_reward_model(cfg, prompts, one, two, device, dtype):
+    """Bradley-Terry: the policy's answer is better with probability sigmoid(its score - the
+    other's), the scores read as the reward model was trained (chapter 2)."""
+    granularity, cutoff = trained_how(cfg.judge, cfg.trained_granularity, cfg.cutoff)
     tokenizer, stops = load_tokenizer(cfg.judge)
-    context = read_config(cfg.judge).max_position_embeddings
-    chats, completed = [], []
-    for n, pair in enumerate(pairs, 1):
-        answers = [pair["output_1"], pair["output_2"]]
-        chats.append((pair["messages"], answers, f"{cfg.data} row {n}"))
-        completed += [pair["finished_1"], pair["finished_2"]]
-    rows = encode_chats(tokenizer, stops, chats, context, min(cfg.max_prompt_tokens, context // 2))
+    answers = [answer for pair in zip(one, two) for answer in pair]                      # 2n
+    chats = [(prompts[i // 2], [answer["output"]], f"answer {i // 2 + 1}")
+             for i, answer in enumerate(answers)]
+    rows = encode_chats(tokenizer, stops, chats, context_of(cfg.judge), cfg.max_prompt_tokens)
     for i, (p, r) in enumerate(rows):
         # the template ends every answer, but one that was cut off while it was sampled had no end
-        if not completed[i] and len(r) > 1 and r[-1] in stops:
+        if not answers[i]["finished"] and len(r) > 1 and r[-1] in stops:
             rows[i] = p, r[:-1]
-    dtype = compute_dtype(cfg.dtype, device)
     model = load_model(cfg.judge, ScalarModel, device, dtype)
-    scalars = map_rows(model, rows, cfg.micro_tokens, device, "scores")                  # (2n, R)
-    entropy = torch.zeros_like(scalars)
+    scalars = map_rows(model, rows, cfg.micro_batch_size, device)                        # (2n, R)
+    entropy = torch.zeros_like(scalars)                                                  # (2n, R)
     if granularity == "segment":
-        sft = load_model(find_segment_model(cfg, tokenizer), LanguageModel, device, dtype)
-        _, entropy = map_rows(sft, rows, cfg.micro_tokens, device, "entropies")          # (2n, R)
-    mask, finished = response_mask(rows, stops, device)                      # (2n, R), (2n,)
-    ends = segment_ends(entropy, mask, finished, cutoff, granularity)                    # (2n, R)
-    scores = sequence_score(scalars, ends).tolist()                                      # (2n,)
-    for n, pair in enumerate(pairs):
-        pair["score_1"], pair["score_2"] = scores[2 * n:2 * n + 2]
-        if cfg.html and n < 100 and granularity != "bandit":             # to be shaded on the page
-            i = 2 * n + 1
-            response = rows[i][1]
-            texts = segment_texts(tokenizer, response, ends[i, :len(response)].cpu())
-            pair["segments"] = list(zip(texts, scalars[i, ends[i]].tolist()))
-        yield pair, 1 + float(sigmoid(pair["score_2"] - pair["score_1"]))
-
-
-def find_segment_model(cfg, tokenizer):
-    """Whose entropies cut the judge's segments: the model it was trained with, else --baseline."""
-    name = getattr(read_config(cfg.judge), "segment_model", cfg.baseline)
-    try:
-        AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception:                                    # neither a folder here nor on the hub
-        name = cfg.baseline
-    say(f"the segments of {cfg.judge} are cut by {name}")
-    if not same_tokens(load_tokenizer(name)[0], tokenizer):
-        fail(f"{name} cannot cut the segments of {cfg.judge}: its tokenizer is another")
-    return name
+        segment_model = getattr(model.hf.config, "segment_model", cfg.baseline)
+        if not same_tokens(load_tokenizer(segment_model)[0], tokenizer):
+            fail(f"{segment_model} can't cut the segments of {cfg.judge}: its tokens are others")
+        sft = load_model(segment_model, LanguageModel, device, dtype)
+        _, entropy = map_rows(sft, rows, cfg.micro_batch_size, device)                   # (2n, R)
+    ends = cut_rows(rows, entropy, stops, cutoff, granularity)                           # (2n, R)
+    scores = sequence_score(scalars, ends)                                               # (2n,)
+    for i, answer in enumerate(answers):
+        answer["score"] = float(scores[i])
+        if cfg.html:                                                     # shaded on the page
+            texts = segment_texts(tokenizer, rows[i][1], ends[i, :len(rows[i][1])])
+            answer["segments"] = list(zip(texts, scalars[i, ends[i]].tolist()))
+    return (1 + torch.sigmoid(scores[1::2] - scores[0::2])).tolist()
 
 
 QUESTION = """Read a conversation and two replies to it.\n\n<conversation>\n{}\n</conversation>\n
@@ -242,297 +226,182 @@ was asked, is correct and is honest; do not count that it is longer or stands fi
 letter, A or B, and nothing else."""
 
 
-def questions(pair):
-    """Both orders, for judges lean towards a place: the policy's answer is B, then A."""
-    prompt, one, two = pair["instruction"], pair["output_1"], pair["output_2"]
-    return QUESTION.format(prompt, one, two), QUESTION.format(prompt, two, one)
-
-
-def both_orders(b_first, b_second):
-    """The preference, from the probabilities that B is better in the two orders."""
-    return 1 + (b_first + 1 - b_second) / 2
-
-
-def judge_by_chat_model(cfg, pairs, device):
-    """p(B) / (p(A) + p(B)) of the token in which the two letters differ, in both orders."""
-    tokenizer, stops = load_tokenizer(cfg.judge)
-    context = read_config(cfg.judge).max_position_embeddings
-    model = load_model(cfg.judge, LanguageModel, device, compute_dtype(cfg.dtype, device))
-    for n in range(0, len(pairs), 64):
-        block, rows = [], []
-        for pair in pairs[n:n + 64]:
-            asked = [[{"role": "user", "content": question}] for question in questions(pair)]
-            chats = [(messages, ["A", "B"], "a pair") for messages in asked]
-            four = encode_chats(tokenizer, stops, chats, 10 ** 9, 10 ** 9)   # 2 orders x 2 letters
-            if max(len(p) + len(r) for p, r in four) > context:
-                yield pair, None                         # cut, it would be another question
-                continue
-            block.append(pair)
-            rows += four
-        if block:
-            differ = np.flatnonzero(rows[0][1] != rows[1][1])
-            logprobs, _ = map_rows(model, rows, cfg.micro_tokens, device)                # (4b, R)
-            letters = logprobs[:, differ[0]].view(-1, 2, 2)                # (b, 2 orders, A and B)
-            p = letters.softmax(-1)[..., 1]                                              # (b, 2)
-            yield from zip(block, both_orders(p[:, 0], p[:, 1]).tolist())
-
-
-def judge_by_endpoint(cfg, pairs, device):
-    """An OpenAI-compatible server. The client repeats what fails on the way; trouble that stays
-    ends the run with one line."""
-    try:
-        import openai
-    except ImportError:
-        fail("--api_base needs the package: pip install openai")
+def judge_by_endpoint(cfg, one, two):
+    """An OpenAI-compatible server, in both orders, for judges lean towards a place. Verdicts go to
+    OUT/verdicts.jsonl as they come, and what is there is not asked again. Trouble that stays ends
+    the run with one line."""
+    import openai
     key = os.environ.get("OPENAI_API_KEY") or "none"     # read here, written nowhere
     client = openai.OpenAI(base_url=cfg.api_base, api_key=key, timeout=60, max_retries=6)
+    path, verdicts = Path(cfg.out, "verdicts.jsonl"), {}
+    path.touch()
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+            verdicts[row["judge"], row["question"]] = row["b_is_better"]
+        except (ValueError, LookupError):
+            pass                                         # torn by a kill
+    # the policy's answer is B, then A
+    first = [QUESTION.format(a["instruction"], a["output"], b["output"]) for a, b in zip(one, two)]
+    then = [QUESTION.format(a["instruction"], b["output"], a["output"]) for a, b in zip(one, two)]
+    asked = [q for q, p in zip(first + then, then + first) if q != p]    # equal answers are a draw
+    asked = [q for q in dict.fromkeys(asked) if (cfg.judge, q) not in verdicts]
 
     def ask(question):
-        """The probability that B is better, or None after five tries."""
-        messages = [{"role": "user", "content": question}]
-        settings = {"temperature": 0, "max_tokens": 8, "logprobs": True, "top_logprobs": 5}
-        for _ in range(5):
+        """The question, and the probability that B is better, or None."""
+        # some servers refuse log-probs, some models any settings
+        plainer = [{"temperature": 0, "logprobs": True, "top_logprobs": 5}, {"temperature": 0}, {}]
+        for settings in plainer:
             try:
-                return read_verdict(client.chat.completions.create(
-                    model=cfg.judge, messages=messages, **settings))
+                return question, read_verdict(client.chat.completions.create(
+                    model=cfg.judge, messages=[{"role": "user", "content": question}], **settings))
             except (openai.BadRequestError, openai.UnprocessableEntityError):
-                # some servers refuse log-probs, some models any settings
-                settings = {"temperature": 0} if "logprobs" in settings else {}
-            except (ValueError, TypeError, AttributeError, LookupError):
-                pass                                     # no letter, or no chat completion at all
+                if settings == plainer[-1]:
+                    raise
+            except ValueError:
+                return question, None                    # no JSON
 
-    def judge(pair):
-        answers = [ask(question) for question in questions(pair)]
-        return pair, None if None in answers else both_orders(*answers)
-
-    with ThreadPool(8) as pool:
+    with ThreadPool(8) as pool, open(path, "a") as f:
         try:
-            yield from pool.imap_unordered(judge, pairs)
+            for question, p in pool.imap_unordered(ask, asked):
+                verdicts[cfg.judge, question] = p
+                if p is not None:                        # newline first: a torn line costs itself
+                    row = {"judge": cfg.judge, "question": question, "b_is_better": p}
+                    f.write("\n" + json.dumps(row))
+                    f.flush()
         except openai.OpenAIError as error:              # its text may hold the key
             fail("--api_base (verdicts so far are kept): " + str(error).replace(key, "***"))
+    preferences = []
+    for q, p in zip(first, then):
+        b, a = verdicts.get((cfg.judge, q)), verdicts.get((cfg.judge, p))
+        known = q == p or None not in (a, b)
+        preferences.append((1.5 if q == p else 1 + (b + 1 - a) / 2) if known else None)
+    return preferences
 
 
 def read_verdict(reply):
-    """The probability that B is better: from the log-probs of A and B ("A" and " A" are two tokens)
-    where the reply has them, else 0 or 1. ValueError if the reply is not a letter."""
-    choice, p = reply.choices[0], {"A": 0.0, "B": 0.0}
-    said = re.match(r"(?i:.*(?:answer|reply)(?: is)?)?\W*([AB])\W*(\n|$)", choice.message.content)
-    if not said:
-        raise ValueError("no verdict")
-    p[said[1]] = 1e-30                                   # all that is known without log-probs
-    for token in choice.logprobs.content if choice.logprobs else []:
-        if token.token.strip() in p:
-            for other in token.top_logprobs:
-                if other.token.strip() in p:
-                    p[other.token.strip()] += math.exp(other.logprob)
+    """The probability that B is better, or None if the reply does not say. A verdict is the letter
+    that ends a line which names no other, behind any thinking; all such lines must agree."""
+    import openai
+    if not reply.choices:
+        raise openai.OpenAIError(f"no choices in the reply: {reply.model_dump_json()}")
+    choice, said = reply.choices[0], set()
+    text = (choice.message.content or "").rpartition("</think>")[2]
+    for line in text.upper().splitlines():
+        last = re.search(r"\b([AB])( IS BETTER)?\W*$", line)
+        doubt = re.search(r"\b(NOT|NEITHER|NOR|WORSE|THAN)\b|N'T", line)
+        if last and not doubt and len(set(re.findall(r"\b[AB]\b", line))) == 1:
+            said.add(last[1])
+    if len(said) != 1:
+        return None
+    p = {"A": 0.0, "B": 0.0} | dict.fromkeys(said, 1e-30)        # all that is known without ...
+    tokens = choice.logprobs and choice.logprobs.content or []   # ... log-probs at the letter
+    at_letter = [token for token in tokens if token.token.strip().upper() in said]
+    for token in at_letter[-1:]:
+        for other in token.top_logprobs or []:
+            if other.token.strip() in p:                 # "A" and " A" are two tokens
+                p[other.token.strip()] += math.exp(other.logprob)
     return p["B"] / (p["A"] + p["B"])
 
 
 # ==================================================================================================
-# Plumbing. Verdicts and answers are kept: a killed run goes on, nothing is paid for twice
+# Plumbing. Answers: sampled, or read from a file
 # ==================================================================================================
-def find_judge(cfg):
-    """Which of the four --judge is; trouble with it shows before minutes of sampling."""
-    if cfg.judge == Config.judge and (cfg.api_base or not in_world(cfg.data)):
-        fail("--judge: the default one knows the embedded world alone; name another")
-    if cfg.api_base:
-        return judge_by_endpoint
-    if re.search(r"\.py:\w+$", cfg.judge):
-        load_function(cfg.judge, "--judge")
-        return judge_by_function
-    config = read_config(cfg.judge)
-    kind = (config.architectures or [""])[0]
-    if kind.endswith("ForSequenceClassification") or hasattr(config, "segment_granularity"):
-        trained_how(cfg.judge, cfg.granularity, cfg.cutoff)
-        return judge_by_reward_model
-    return judge_by_chat_model
-
-
-KEY = ("judge", "instruction", "output_1", "output_2")
-
-
-def judge_pairs(cfg, judge, pairs, device):
-    """Give every pair its preference. A language model's are written to OUT/verdicts.jsonl as they
-    come, keyed by plain text, and not asked for again."""
-    path, name, kept, todo = f"{cfg.out}/verdicts.jsonl", cfg.judge, {}, pairs
-    costly = judge in (judge_by_chat_model, judge_by_endpoint)
-    if judge == judge_by_chat_model:
-        name += " " + fingerprint(cfg.judge)
-    if costly:
-        for line in open(path) if os.path.exists(path) else []:
-            try:
-                row = json.loads(line)
-                kept[tuple(row[column] for column in KEY)] = row["preference"]
-            except (ValueError, LookupError, TypeError):
-                pass                                     # torn by a kill
-        for pair in pairs:
-            key = (name, pair["instruction"], pair["output_1"], pair["output_2"])
-            draw = 1.5 if pair["output_1"] == pair["output_2"] else None     # without a call
-            pair["preference"] = kept.get(key, draw)
-        todo = [pair for pair in pairs if pair["preference"] is None]
-    for n, (pair, preference) in enumerate(judge(cfg, todo, device), 1):
-        pair["preference"] = preference
-        if costly and preference is not None and rank() == 0:
-            row = {"judge": name, "preference": preference}
-            for column in KEY[1:]:
-                row[column] = pair[column]
-            os.makedirs(cfg.out, exist_ok=True)
-            with open(path, "a") as f:           # newline first: a torn line costs one verdict
-                f.write("\n" + json.dumps(row))
-        if n % 100 == 0:
-            say(f"{n} of {len(todo)} verdicts")
-
-
-def fingerprint(path):
-    """What a model is: its commit on the hub, or a hash of a folder's files."""
-    if not os.path.isdir(path):
-        return str(read_config(path)._commit_hash)
-    digest = hashlib.sha256()
-    for file in sorted(Path(path).glob("*.*")):
-        with open(file, "rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-FILE = r"\.jsonl?(\.gz)?$"
-
-
 def name_of(source):
-    """What files and tables call it: out/ppo/model -> ppo, results/claude.json -> claude"""
+    """What tables call it: out/ppo/model -> ppo, results/claude.json -> claude"""
     folder = source.rstrip("/").removesuffix("/model")
-    return re.sub(FILE, "", os.path.basename(folder))
+    return re.sub(r"\.json.*", "", os.path.basename(folder))
 
 
-def read_answers(path, prompts):
-    """Rows of alpaca_eval outputs, which must stand in the prompts' order."""
-    rows = list(read_rows(path, len(prompts)))
-    for n, (row, prompt) in enumerate(zip(rows, prompts), 1):
-        if row.get("instruction") != prompt_text(prompt) or not isinstance(row.get("output"), str):
-            fail(f"{path} row {n}: needs an output, and as its instruction prompt {n} of --data")
-    return rows
-
-
-def answer(cfg, source, name, prompts, side, device):
-    """A model's answers, or a file's, as rows of alpaca_eval outputs. A model's are kept in
-    OUT/NAME.json with what they were made by. side (0 baseline, 1 policy): whose random draws."""
-    if re.search(FILE, source):
-        return read_answers(source, prompts)
-    path = f"{cfg.out}/{name}.json"
-    R = cfg.max_new_tokens
-    dtype = compute_dtype(cfg.dtype, device)
-    made_by = (f"{fingerprint(source)}, {dtype}, {cfg.max_prompt_tokens} + {R} tokens, temperature "
-               f"{cfg.temperature}, seed {cfg.seed}, side {side}")
-    rows = read_answers(path, prompts) if os.path.exists(path) else []
-    if rows and rows[0].get("made_by") != made_by:
-        fail(f"{path} was made by {rows[0].get('made_by')}; now it would be by {made_by}: give "
-             "another --out, or delete the file")
-    say(f"{name}: {len(rows)} of {len(prompts)} answers are in {path}")
-    if len(rows) == len(prompts):
-        return rows
+def answers_of(cfg, source, side, prompts, device, dtype):
+    """A file's rows of alpaca_eval outputs, in the prompts' order, or a model's answers, which are
+    also written to OUT/policy.json or OUT/baseline.json."""
+    asked = [prompt_text(prompt) for prompt in prompts]
+    if re.search(r"\.json[^/]*$", source):
+        answers = list(read_rows(source, len(prompts)))
+        if [answer.get("instruction") for answer in answers] != asked:
+            fail(f"{source}: its instructions are not the {len(asked)} prompts of --data, in order")
+        return [{"generator": name_of(source), "finished": True} | answer for answer in answers]
+    check_context(source, cfg.max_prompt_tokens + cfg.max_new_tokens, cfg.max_prompt_tokens)
     tokenizer, stops = load_tokenizer(source)
-    config = read_config(source)
-    if cfg.max_prompt_tokens + R > config.max_position_embeddings:
-        fail(f"--max_prompt_tokens + --max_new_tokens: the context of {source} is "
-             f"{config.max_position_embeddings}")
     ids = encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens, cfg.data)
     model = plain_copy(load_model(source, LanguageModel, device, dtype), dtype, device)
-    banned = never_sampled(tokenizer, stops, config.vocab_size).to(device)
-    block = cfg.generation_batch_size * dist.get_world_size()
-    for first in range(len(rows), len(prompts), block):
-        part = ids[first:first + block]
-        seeds = [(cfg.seed, side, first + b) for b in range(len(part))]
-        tokens, _, lengths = sample(model, part, stops, R, seeds, cfg.generation_batch_size,
-                                    cfg.temperature, banned)                             # (b, R)
-        for prompt, response, length in zip(prompts[first:], tokens.cpu(), lengths.tolist()):
-            rows.append({"instruction": prompt_text(prompt),
-                         "output": tokenizer.decode(response[:length], skip_special_tokens=True),
-                         "generator": name, "dataset": os.path.basename(cfg.data),
-                         "finished": bool(response[length - 1] in stops), "made_by": made_by})
-        if rank() == 0:
-            os.makedirs(cfg.out, exist_ok=True)
-            write_text(path, json.dumps(rows, indent=1))
-        say(f"{name}: {len(rows)} of {len(prompts)} answers")
-    return rows
+    banned = banned_tokens(tokenizer, stops, model.config.vocab_size).to(device)
+    seeds = [(cfg.seed, int(side == "policy"), b) for b in range(len(ids))]      # their own luck
+    tokens, _, lengths = sample(model, ids, stops, cfg.max_new_tokens, seeds,
+                                cfg.generation_batch_size, cfg.temperature, banned)      # (n, R)
+    answers = []
+    for instruction, row, length in zip(asked, tokens, lengths):
+        answers.append({"instruction": instruction,
+                        "output": answer_text(tokenizer, stops, row[:length]),
+                        "generator": name_of(source),
+                        "finished": bool(row[length - 1] in stops)})
+    if rank() == 0:
+        os.makedirs(cfg.out, exist_ok=True)
+        write_text(f"{cfg.out}/{side}.json", json.dumps(answers, indent=1))
+    say(f"{side}: {len(answers)} answers of {source}")
+    return answers
 
 
 # -- Plumbing. Annotations -> figures -> table, files, page ----------------------------------------
-def read_annotations(sources, column):
-    """{policy or variant: its rows}, in the files' order"""
-    groups = {}
-    for source in sources:
-        for n, row in enumerate(read_rows(source), 1):
-            try:
-                if "preference" not in row:
-                    row["preference"] = row["preference_surrogate"]
-                for k in "12":
-                    if row.get(f"len_{k}") is None:
-                        row[f"len_{k}"] = len(row[f"output_{k}"])
-                outcomes([row["preference"], 0])
-            except (ValueError, TypeError, LookupError):
-                fail(f"{source} row {n}: needs a preference in [1, 2] or null, and output_1 and "
-                     "output_2, or len_1 and len_2")
-            groups.setdefault(row.get(column) or name_of(source), []).append(row)
-    return groups
-
-
-def columns_of(rows):
-    """preferences (NaN: none), lengths of the baseline's and of the policy's answers, (n,) each"""
-    return np.array([(row["preference"], row["len_1"], row["len_2"]) for row in rows], float).T
-
-
-def figures(policies, difficulty, gamed):
-    """{policy: its annotations} -> {policy: its row of alpaca_eval's leaderboard}, printed"""
-    table, warnings = {}, []
-    wide = max(len("policy"), *map(len, policies))
-    variants = [(*columns_of(rows), difficulty) for rows in gamed.values()]
-    say(f"\n{'policy':{wide}}    win rate      length-controlled  wins/draws/losses  characters"
-        "    mean score")
-    for name, rows in policies.items():
-        preferences, len_1, len_2 = columns_of(rows)
-        row = {**win_rate(preferences), "mode": "community", "avg_length": int(len_2.mean())}
-        lc = length_controlled_win_rate(preferences, len_1, len_2, difficulty, variants)
-        rate, rate_error = lc.values()
-        counts = f"{row['n_wins']}/{row['n_draws']}/{row['n_wins_base']}"
-        score = "-"
-        if rows[0].get("score_2") is not None:
-            scores = np.mean([(pair["score_2"], pair["score_1"]) for pair in rows], 0)
-            score = "{:+.3f} vs {:+.3f}".format(*scores)
-        lengths = f"{len_2.mean():.0f} vs {len_1.mean():.0f}"
-        say(f"{name:{wide}}  {row['win_rate']:6.2f} +- {row['standard_error']:.2f}   {rate:6.2f} "
-            f"+- {rate_error:.2f}       {counts:17}  {lengths}   {score}")
-        if math.isnan(rate):
-            warnings.append(f"{name}: length separates wins from losses perfectly: there is no fit")
-        if not 20 <= row["win_rate"] <= 80:
-            warnings.append(f"{name}: outside 20-80 % the length-controlled win rate extrapolates")
-        if min((len_1 < len_2).mean(), (len_1 > len_2).mean()) < 0.15:
-            warnings.append(f"{name}: one side is longer in fewer than 15 % of the pairs: likewise")
-        if row["n_total"] < len(rows):
-            warnings.append(f"{name}: {len(rows) - row['n_total']} pairs have no verdict")
-        table[name] = row | lc
-    for warning in warnings:
-        say(f"warning: {warning}")
-    return table
+def columns_of(rows, difficulty):
+    """What length_controlled_win_rate takes, of alpaca_eval's annotations: preferences, lengths of
+    the baseline's and of the policy's answers, difficulties; (n,) each."""
+    columns = [[], [], []]
+    for row in rows:
+        columns[0].append(row.get("preference", row.get("preference_surrogate")))
+        for k in (1, 2):
+            length = row.get(f"len_{k}")
+            columns[k].append(len(row[f"output_{k}"]) if length is None else length)
+    if difficulty and rows[0].get("index") is not None:
+        difficulty = [difficulty[row["index"]] for row in rows]
+    elif difficulty and len(difficulty) != len(rows):
+        raise ValueError(f"{len(difficulty)} difficulties for {len(rows)} rows without an index")
+    return *np.array(columns, dtype=float), difficulty
 
 
 def report(cfg, policies):
     """The figures of {policy: its annotations}: printed, in OUT/leaderboard.csv, on a page."""
     difficulty = json.loads(Path(cfg.difficulty).read_text()) if cfg.difficulty else None
-    table = figures(policies, difficulty, read_annotations(cfg.gamed, "variant"))
+    variants, table = {}, {}
+    for row in [row for source in cfg.gamed for row in read_rows(source)]:
+        variants.setdefault(row.get("variant"), []).append(row)
+    gamed = [columns_of(rows, difficulty) for rows in variants.values()]
+    say("\npolicy, win rate, length-controlled, wins/draws/losses, characters, mean score")
+    for name, rows in policies.items():
+        try:
+            columns = columns_of(rows, difficulty)
+            row = win_rate(columns[0]) | {"mode": "community", "avg_length": int(columns[2].mean())}
+            row |= length_controlled_win_rate(*columns, gamed)
+        except (ValueError, LookupError, TypeError) as error:
+            fail(f"{name}: {error!r}: annotations need a preference in [1, 2] or null, and "
+                 "output_1 and output_2, or len_1 and len_2")
+        line = (f"{name}  {row['win_rate']:.2f} +- {row['standard_error']:.2f}  "
+                f"{row['length_controlled_winrate']:.2f} +- {row['lc_standard_error']:.2f}  "
+                f"{row['n_wins']}/{row['n_draws']}/{row['n_wins_base']}  "
+                f"{columns[2].mean():.0f} vs {columns[1].mean():.0f}")
+        if rows[0].get("score_2") is not None:
+            means = [np.mean([pair[f"score_{k}"] for pair in rows]) for k in "21"]
+            line += "  {:+.3f} vs {:+.3f}".format(*means)
+        say(line.replace("nan", "-"))
+        if row["n_total"] < len(rows):
+            say(f"{len(rows) - row['n_total']} pairs have no verdict; the same command asks again")
+        # NaN: an empty cell, and null on the page
+        table[name] = {key: None if value != value else value for key, value in row.items()}
     os.makedirs(cfg.out, exist_ok=True)
     write_text(f"{cfg.out}/config.json", json.dumps(asdict(cfg), indent=1))
     with open(f"{cfg.out}/leaderboard.csv", "w") as f:
         leaderboard = csv.writer(f, lineterminator="\n")
-        leaderboard.writerow(["", *next(iter(table.values()))])
-        for name, row in table.items():                  # NaN: an empty cell, and null on the page
-            table[name] = {key: None if value != value else value for key, value in row.items()}
-            leaderboard.writerow([name, *table[name].values()])
+        leaderboard.writerow(["", *row])
+        leaderboard.writerows([name, *row.values()] for name, row in table.items())
     if cfg.html:
         pairs = {name: rows[:100] for name, rows in policies.items() if "output_2" in rows[0]}
+        page = {"table": table, "pairs": pairs, "judge": cfg.judge, "data": cfg.data}
         # without a "<" nothing in the data can end the element that holds it
-        data = json.dumps({"table": table, "pairs": pairs}).replace("<", "\\u003c")
-        page = Path(__file__).with_name("assets").joinpath("page.html").read_text()
-        page = page.replace("{{nonce}}", os.urandom(16).hex()).replace("{{data}}", data)
-        write_text(f"{cfg.out}/index.html", page)
+        data = json.dumps(page).replace("<", "\\u003c")
+        text = Path(__file__).with_name("assets").joinpath("page.html").read_text()
+        text = text.replace("{{nonce}}", os.urandom(16).hex()).replace("{{data}}", data)
+        write_text(f"{cfg.out}/index.html", text)
     say(f"wrote {cfg.out}")
 
 
@@ -541,48 +410,54 @@ def report(cfg, policies):
 # ==================================================================================================
 def main(cfg):
     device = setup()
-    if os.path.exists(f"{cfg.out}/model"):
-        fail(f"{cfg.out} holds a training run; give another --out")
+    dtype = set_precision(cfg.dtype, device)
     if cfg.annotations:
-        if rank() == 0:
-            report(cfg, read_annotations(cfg.annotations, "generator_2"))
-        return
+        policies = {}
+        for source in cfg.annotations:
+            rows = list(read_rows(source))
+            name = rows[0].get("generator_2") or name_of(source)
+            policies[source if name in policies else name] = rows
+        return report(cfg, policies) if rank() == 0 else None
 
-    # 1. both answer the same prompts
-    prepare_world(cfg.model, cfg.baseline, cfg.data, cfg.judge)
-    judge = find_judge(cfg)
+    # 1. who judges? Said before anything is sampled
+    if cfg.data == Config.data and not cfg.judge:        # the world's truth knows the world alone
+        cfg.judge = "data/reviews/prepare.py:gold_reward"
+    if not cfg.judge:
+        fail("--judge: name a reward model, a file.py:function, or a model at --api_base")
+    if cfg.api_base and not importlib.util.find_spec("openai"):
+        fail("--api_base needs the package: pip install openai")
+    is_function = re.search(r"\.py:\w+$", cfg.judge)
+    if is_function:
+        load_function(cfg.judge, "--judge")
+    elif not cfg.api_base:
+        trained_how(cfg.judge, cfg.trained_granularity, cfg.cutoff)
+    kept = Path(cfg.out, "annotations.json")
+    if kept.exists() and json.loads(kept.read_text())[0]["annotator"] != cfg.judge:
+        fail(f"{cfg.out} holds the preferences of another judge; give another --out")
+
+    # 2. both answer the same prompts
     prompts = load_prompts(cfg.data, cfg.max_samples)
-    policy, base = name_of(cfg.model), name_of(cfg.baseline)
-    if base == policy:
-        base += "-baseline"
-    answers_2 = answer(cfg, cfg.model, policy, prompts, 1, device)
-    answers_1 = answer(cfg, cfg.baseline, base, prompts, 0, device)
-    if min(len(answers_1), len(answers_2)) < len(prompts):
-        fail(f"a file of outputs is shorter than the {len(prompts)} prompts; see --max_samples")
-    pairs = []
-    for messages, one, two in zip(prompts, answers_1, answers_2):
-        pairs.append({
-            "instruction": prompt_text(messages), "output_1": one["output"], "generator_1": base,
-            "output_2": two["output"], "generator_2": policy, "annotator": cfg.judge,
-            "finished_1": one.get("finished", True), "finished_2": two.get("finished", True),
-            "len_1": len(one["output"]), "len_2": len(two["output"]), "messages": messages})
+    two = answers_of(cfg, cfg.model, "policy", prompts, device, dtype)
+    one = answers_of(cfg, cfg.baseline, "baseline", prompts, device, dtype)
 
-    # 2. the judge prefers one; rank 0 alone asks functions and endpoints, the others are done
-    if judge in (judge_by_function, judge_by_endpoint) and rank() > 0:
-        return
-    judge_pairs(cfg, judge, pairs, device)
+    # 3. the judge prefers one; all ranks share a reward model's work
+    if not is_function and not cfg.api_base:
+        preferences = judge_by_reward_model(cfg, prompts, one, two, device, dtype)
     if rank() > 0:
         return
-
-    # 3. figures
-    for n, pair in enumerate(pairs):
-        del pair["messages"]
-        if n < cfg.show:
-            say(f"\nuser: {pair['instruction']}\n{base}: {pair['output_1']}\n{policy}: "
-                f"{pair['output_2']}\npreference: {pair['preference']}")
     os.makedirs(cfg.out, exist_ok=True)
+    if is_function:
+        preferences = judge_by_function(cfg, one, two)
+    elif cfg.api_base:
+        preferences = judge_by_endpoint(cfg, one, two)
+    pairs = []
+    for a, b, preference in zip(one, two, preferences):
+        pair = {"instruction": a["instruction"], "annotator": cfg.judge, "preference": preference}
+        for name in ("output", "generator", "score", "segments"):
+            pair |= {f"{name}_1": a.get(name), f"{name}_2": b.get(name)}
+        pairs.append(pair | {"len_1": len(a["output"]), "len_2": len(b["output"])})
     write_text(f"{cfg.out}/annotations.json", json.dumps(pairs, indent=1))
-    report(cfg, {policy: pairs})
+    report(cfg, {two[0]["generator"]: pairs})
 
 
 if __name__ == "__main__":

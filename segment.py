@@ -1,9 +1,8 @@
 """Chapter 1 of 4: cut a response into segments where the language model is surprised.
 
-    python segment.py                                    # the embedded world: segments, cutoffs
-    python segment.py --model MODEL --data PREFERENCES   # your chat model on your data
-    python segment.py --target_length 20                 # which cutoff gives segments of 20 tokens?
-    python segment.py --text "..." --reward_model out/rm/model     # your own text, segments scored
+    python data/reviews/prepare.py                         # once: writes the embedded world
+    python segment.py                                      # its segments, and a table of cutoffs
+    python segment.py --model MODEL --data PREFERENCES     # your chat model on your data
 
 The idea (arXiv 2501.02790, section 2.2): a token is too small to deserve a reward of its own and a
 whole response is too large. Inside a phrase the next token is nearly certain; where a new thought
@@ -15,21 +14,22 @@ number for each response token. Response token r stands at position P + r:
     at P + r      its segment end, its scalar reward and the entropy *after* it are read,
     at P + r - 1  its log-probability and its critic value: there the model decided on it.
 
-Below the double ruler is the plumbing that every chapter shares: settings, several GPUs, data, chat
-templates. What differs from the authors' code: one vectorised segmentation; lengths are integers,
-never searched for by a pad or EOS id; special tokens that a person typed stay ordinary text.
+What differs from the authors' code: one vectorised segmentation for all rows; the end of a response
+is known by its length, never searched for by a pad or EOS id.
+
+Below the double ruler is the plumbing that all chapters share: settings, several GPUs, data, chat
+templates.
 """
-import functools
-import math
+import glob
+import inspect
 import os
 import re
 import shlex
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Literal, Optional
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,59 +38,51 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoTokenizer, GenerationConfig, HfArgumentParser)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
+                          HfArgumentParser)
 from transformers import logging as hf_logging
 
-WORLD = os.path.relpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "data/reviews"))
 Granularity = Literal["segment", "token", "bandit"]
 Dtype = Literal["auto", "bf16", "fp32"]
 
 
-def opt(default, help):
-    return field(default=default, metadata={"help": help.replace("%", "%%")})
-
-
 @dataclass
 class Config:
-    model: str = opt(f"{WORLD}/sft", "the SFT chat model: a folder or a hub id")
-    data: str = opt(f"{WORLD}/pairs_test.jsonl", "preferences; also SOURCE:train[98%:]")
-    text: str = opt("", "show this response instead of those of --data")
-    prompt: str = opt("Write a review of the phone.", "the user's message that --text answers")
-    granularity: Optional[Granularity] = opt(None, "default: the reward model's, else segment")
-    cutoff: Optional[float] = opt(None, "nats; default: the reward model's, else 1")
-    target_length: float = opt(0.0, "find the cutoff that gives segments of this many tokens")
-    reward_model: str = opt("", "score each segment with this reward model")
-    show: int = opt(3, "responses to print")
-    max_samples: int = opt(200, "read this many pairs")
-    max_tokens: int = opt(2048, "prompt + response; at most the context of the model")
-    micro_tokens: int = opt(16384, "tokens in one forward pass, padding included")
-    dtype: Dtype = opt("auto", "bf16 on CUDA, fp32 on CPU")
+    model: str = "data/reviews/sft"            # the SFT chat model: a folder or a hub id
+    data: str = "data/reviews/pairs.jsonl"     # preferences; also a part: SOURCE:train[:1000]
+    granularity: Granularity = "segment"       # what to show: segment, token, bandit
+    cutoff: float = 1.0                        # nats (paper: Phi-3 1.75, Llama-3 2.0)
+    max_samples: int = 200                     # read this many pairs
+    max_tokens: int = 256                      # prompt + response (paper: 2048)
+    max_prompt_tokens: int = 128               # longer prompts lose their oldest (paper: 1728)
+    micro_batch_size: int = 8                  # rows in one forward pass of one GPU
+    dtype: Dtype = "auto"                      # to compute in: bf16 on CUDA, fp32 on CPU
 
 
 # -- The method. 1. entropy: how open is the next token? -------------------------------------------
-def token_logprobs_and_entropy(hidden, head_weight, targets, chunk=None):
-    """log p(target) and entropy (nats) of softmax(hidden @ head_weight.T), never building (N, V).
+def logprobs_and_entropy(hidden, head_weight, targets):
+    """log p(target), and the entropy (nats) of p = softmax(hidden @ head_weight.T). Equation (1).
 
-    hidden: (N, d); head_weight: (V, d); targets: int (N,); chunk: rows of logits alive at once
-    (default: about 128 MB of them). Returns logp (N,), entropy (N,) in fp32, because bf16 logits
-    bias the entropy. Differentiable: the backward pass computes each chunk again. Equation (1).
+    hidden: (N, d); head_weight: (V, d); targets: int (N,). Returns (N,), (N,) in fp32, for logits
+    in bf16 would bias the entropy.
     """
+    logp = (hidden.float() @ head_weight.float().T).log_softmax(-1)              # (N, V)
+    entropy = -(logp.exp() * logp).sum(-1)                                       # (N,)
+    return logp.gather(-1, targets[:, None])[:, 0], entropy
+
+
+def token_logprobs_and_entropy(hidden, head_weight, targets, chunk=None):
+    """The same, `chunk` tokens at a time (default: 128 MB of logits), so that (N, V) never exists.
+    Differentiable: the backward pass computes each chunk again."""
     chunk = chunk or max(16, 2 ** 25 // head_weight.shape[0])
-    weight = head_weight.float()
-
-    def one_chunk(h, w, t):
-        logp = (h.float() @ w.T).log_softmax(-1)                             # (chunk, V)
-        entropy = -(logp.exp() * logp).sum(-1)                               # (chunk,)
-        return logp.gather(-1, t[:, None])[:, 0], entropy
-
-    logps, entropies = [], []
+    weight = head_weight.float()                                                 # once for all
+    logprobs, entropies = [], []
     for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-        logp, entropy = checkpoint(one_chunk, h, weight, t, use_reentrant=False,
+        logp, entropy = checkpoint(logprobs_and_entropy, h, weight, t, use_reentrant=False,
                                    preserve_rng_state=False)
-        logps.append(logp)
+        logprobs.append(logp)
         entropies.append(entropy)
-    return torch.cat(logps), torch.cat(entropies)
+    return torch.cat(logprobs), torch.cat(entropies)
 
 
 # -- The method. 2. segments: where do they end, where do they lie, what is a response's score? ----
@@ -107,18 +99,18 @@ def segment_ends(entropy, mask, finished, cutoff, granularity):
     >>> segment_ends(h, h > 0, torch.tensor([True]), cutoff=2.0, granularity="segment").int()
     tensor([[0, 1, 0, 1, 0]], dtype=torch.int32)
     """
-    if granularity not in ("segment", "token", "bandit"):
-        raise ValueError(f"granularity {granularity!r}: one of segment, token, bandit")
-    length = mask.sum(1)                                                     # (B,)
-    content = torch.where(finished & (length > 1), length - 1, length)       # (B,)
-    r = torch.arange(mask.shape[1], device=mask.device)                      # (R,)
-    if granularity == "bandit":
-        return r == length[:, None] - 1
-    is_content = r < content[:, None]                                        # (B, R)
+    length = mask.sum(1)                                                         # (B,)
+    content = torch.where(finished & (length > 1), length - 1, length)           # (B,)
+    r = torch.arange(mask.shape[1], device=mask.device)                          # (R,)
+    is_content = r < content[:, None]                                            # (B, R)
+    is_last = r == content[:, None] - 1                                          # (B, R)
+    if granularity == "segment":
+        return (entropy > cutoff) & is_content | is_last
     if granularity == "token":
         return is_content
-    is_last = r == content[:, None] - 1                                      # (B, R)
-    return (entropy > cutoff) & is_content | is_last
+    if granularity == "bandit":
+        return r == length[:, None] - 1
+    raise ValueError(f"granularity {granularity!r}: one of segment, token, bandit")
 
 
 def segment_locations(ends):
@@ -129,7 +121,7 @@ def segment_locations(ends):
     >>> segment_locations(torch.tensor([[False, True, False, True]]))
     tensor([[0.0000, 0.5000, 0.0000, 1.0000]])
     """
-    n = ends.sum(1, keepdim=True).clamp(min=1)                               # (B, 1)
+    n = ends.sum(1, keepdim=True).clamp(min=1)                                   # (B, 1)
     return torch.where(ends, ends.cumsum(1) / n, 0.0)
 
 
@@ -141,37 +133,37 @@ def sequence_score(values, ends):
 # -- The language model: of each response token its log-probability, and the entropy after it ------
 class LanguageModel(nn.Module):
     auto_class = AutoModelForCausalLM
-    settings = {}
+    settings = {}                                        # of the checkpoint's config
 
     def __init__(self, hf):
         super().__init__()
         self.hf = hf
 
     def forward(self, ids, prompt_lens, response_lens):
-        """ids: (B, T) right-padded; lens: (B,). Returns log-probs and entropies, (2, B, R), 0 on
-        padding. No attention mask: causal attention never looks at what stands to the right."""
+        """ids: (B, T) right-padded; lens: int (B,), on the CPU. Returns log-probs and entropies,
+        (2, B, R), 0 on padding. No attention mask: causal attention never looks to the right."""
         hidden = self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state    # (B, T, d)
-        # Column k = 0..R is position P - 1 + k: there token k is decided on, which is its log-prob,
-        # and there the entropy is that after token k - 1.
-        k = torch.arange(int(response_lens.max()) + 1, device=ids.device)                # (R+1,)
-        read = k <= response_lens[:, None]                                               # (B, R+1)
-        row, column = read.nonzero(as_tuple=True)                                        # (N,) each
-        position = prompt_lens[row] - 1 + column                                         # (N,)
-        following = ids.roll(-1, 1)[row, position]                                       # (N,)
-        head = self.hf.get_output_embeddings().weight                                    # (V, d)
-        both = token_logprobs_and_entropy(hidden[row, position], head, following)        # (N,) each
-        grid = torch.zeros(2, *read.shape, device=ids.device)            # log-probs, then entropies
-        logprobs, entropy = grid.masked_scatter(read, torch.cat(both))                   # (B, R+1)
-        mask = k[:-1] < response_lens[:, None]                                           # (B, R)
-        return torch.stack([logprobs[:, :-1] * mask, entropy[:, 1:] * mask])
+        # Of each row the positions P - 1 to P + R - 1: at all but the last the log-prob of the
+        # token after it is read, at all but the first the entropy of the token after it.
+        spans = [(b, slice(p - 1, p + r))
+                 for b, (p, r) in enumerate(zip(prompt_lens, response_lens))]
+        following = ids.roll(-1, 1)                                                      # (B, T)
+        both = token_logprobs_and_entropy(                                       # (N,), (N,)
+            torch.cat([hidden[span] for span in spans]),
+            self.hf.get_output_embeddings().weight,
+            torch.cat([following[span] for span in spans]))
+        logprobs, entropies = [x.split([int(r) + 1 for r in response_lens]) for x in both]
+        logprobs = pad_sequence([row[:-1] for row in logprobs], batch_first=True)        # (B, R)
+        entropies = pad_sequence([row[1:] for row in entropies], batch_first=True)       # (B, R)
+        return torch.stack([logprobs, entropies])
 
     @torch.no_grad()
     def check(self, path):
-        """Logits must be hidden @ weight.T, as computed above: no bias, scale or soft-capping."""
-        ids = torch.arange(4)[None] % self.hf.config.vocab_size
-        hidden = self.hf.base_model(input_ids=ids).last_hidden_state
-        plain = hidden @ self.hf.get_output_embeddings().weight.T
-        if not torch.allclose(self.hf(input_ids=ids).logits, plain, atol=5e-2, rtol=1e-2):
+        """Logits must be hidden @ weight.T, as computed above."""
+        ids = torch.arange(4)[None]
+        hidden = self.hf.base_model(ids).last_hidden_state
+        logits = hidden @ self.hf.get_output_embeddings().weight.T
+        if not torch.allclose(self.hf(ids).logits, logits, atol=5e-2, rtol=1e-2):
             fail(f"{path}: not supported: its logits are not finite, or its head is more than a "
                  "matrix (bias, scale, soft-capping)")
 
@@ -189,34 +181,44 @@ def fail(message):
 
 
 def parse(Config, argv=None):
-    """Command line -> Config. `@config/x.args` files hold flags, comments and blank lines; later
-    flags override."""
-    parser = HfArgumentParser(Config, fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
+    """Command line -> Config; --help prints the script's first lines and its Config."""
+    argv = read_flags(argv or sys.argv[1:])
+    if "--help" in argv:
+        flags = re.sub(r"(?m)^    (\w+): ", r"    --\1 ", inspect.getsource(Config))
+        print(sys.modules[Config.__module__].__doc__, flags, sep="\n")
+        raise SystemExit(0)
+    parser = HfArgumentParser(Config, allow_abbrev=False, add_help=False)
     parser.error = fail
-    cfg, unknown = parser.parse_args_into_dataclasses(
-        argv, look_for_args_file=False, return_remaining_strings=True)
-    if unknown:
-        fail(f"unknown flag or argument: {unknown[0]} (--help lists the flags)")
-    for name, value in asdict(cfg).items():
-        if isinstance(value, (int, float)) and not name.endswith("_reward"):
-            least = 1 if re.search("batch_size|_tokens|_every|epochs", name) else 0
-            if not least <= value < math.inf:
-                fail(f"--{name} {value}: must be a number from {least} on")
+    cfg = Config(**vars(parser.parse_args(argv)))
+    if cfg.cutoff is not None and not cfg.cutoff >= 0:
+        fail(f"--cutoff {cfg.cutoff}: entropies are 0 or more")
     return cfg
 
 
-def in_world(path):
-    """Does a file or folder belong to the embedded world? Some defaults make sense there alone."""
-    return os.path.abspath(path).startswith(os.path.abspath(WORLD) + os.sep)
+def read_flags(words, folder=""):
+    """@file stands for the flags in it, with comments and blank lines; later flags override. A file
+    that a file names lies beside it."""
+    flags = []
+    for word in words:
+        if word.startswith("@"):
+            path = os.path.join(folder, word[1:])
+            with open(path) as f:
+                words_of_file = shlex.split(f.read(), comments=True)
+            flags += read_flags(words_of_file, os.path.dirname(path))
+        else:
+            flags.append(word)
+    return flags
 
 
-def prepare_world(*paths):
-    """Rank 0 makes the embedded world when it is first used."""
-    if any(in_world(path) for path in paths):
-        if rank() == 0 and not os.path.exists(f"{WORLD}/world.json"):
-            subprocess.run([sys.executable, f"{WORLD}/prepare.py"], check=True)
-        dist.barrier()
+def warn_of_world_values(cfg):
+    """The defaults are the embedded world's. With another model, name those that the paper has
+    otherwise: Config's comments say so."""
+    if cfg.model == type(cfg).model:
+        return
+    made = [f"--{name} {getattr(cfg, name)} ({value})" for name, value
+            in re.findall(r"    (\w+): .*\(paper: (.+)\)", inspect.getsource(type(cfg)))
+            if getattr(cfg, name) == getattr(type(cfg), name)]
+    say(f"note: values made for the embedded world (in brackets the paper's): {', '.join(made)}")
 
 
 # -- Plumbing. One GPU or many: the same code on 1 and N ranks -------------------------------------
@@ -225,15 +227,15 @@ def setup():
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     if not dist.is_initialized():
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        group = dict(store=dist.HashStore(), rank=0, world_size=1)
-        if "RANK" in os.environ:
-            group = {}                                           # torchrun's
-        dist.init_process_group(backend, timeout=timedelta(hours=1), **group)
+        dist.init_process_group(backend, **({} if "RANK" in os.environ else alone))
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
+    # cuDNN's attention plans each new shape anew, and left-padded rows have come out as NaN
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
@@ -246,23 +248,41 @@ def say(*args):
         print(*args, flush=True)
 
 
-def compute_dtype(name, device):
-    """--dtype -> torch dtype. With bf16 a GPU may use TF32 for the fp32 logits: products of bf16
-    numbers are exact in it."""
+def set_precision(name, device):
+    """--dtype -> the torch dtype to compute in. In bf16 a GPU may use TF32 for the fp32 logits:
+    it multiplies bf16 numbers exactly."""
     bf16 = name == "bf16" or name == "auto" and device.type == "cuda"
     torch.backends.cuda.matmul.allow_tf32 = bf16
     return torch.bfloat16 if bf16 else torch.float32
 
 
 def read_config(path, **settings):
+    """A checkpoint's config, without noise: a noisy ratio or reward is no ratio or reward."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **settings)
     except Exception as error:
-        fail(f"{path}: no model there ({error})")
+        fail(f"{path}: no model there (the embedded world's is written by: python "
+             f"data/reviews/prepare.py): {error}")
     for name, value in config.to_dict().items():
-        if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
-            setattr(config, name, 0.0)       # a noisy ratio or reward is no ratio or reward
+        if re.search("dropout|pdrop|jitter|layerdrop", name) and isinstance(value, float):
+            setattr(config, name, 0.0)
     return config
+
+
+def context_of(path):
+    """The tokens that a model takes. Beyond its original context, longrope turns all rows of a
+    batch by the longest: a row's numbers would depend on its neighbours."""
+    config = read_config(path).get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return rope["original_max_position_embeddings"]
+    return config.max_position_embeddings
+
+
+def check_context(path, max_tokens, max_prompt_tokens):
+    if not max_prompt_tokens < max_tokens <= context_of(path):
+        fail(f"prompts of {max_prompt_tokens} tokens (--max_prompt_tokens) and {max_tokens} with the "
+             f"response do not fit: the context of {path} is {context_of(path)}")
 
 
 def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, head_std=None):
@@ -274,21 +294,19 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
     in dtype. head_std: draw the scalar head anew, with this standard deviation.
     """
     config = read_config(path, **wrap.settings)
-    if config.hidden_size < 256 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)             # matrices this small lose by a second thread
-    if device.type == "cpu" and dtype == torch.bfloat16 and config.max_position_embeddings <= 512:
-        config._attn_implementation = "eager"            # torch's fused one takes twice the time
     try:
         hf, info = wrap.auto_class.from_pretrained(
             path, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False,
             output_loading_info=True)
     except Exception as error:
         fail(f"{path}: the weights cannot be read ({error})")
+    if not hasattr(hf.base_model, "layers"):
+        fail(f"{path}: not supported: {type(hf).__name__} is no plain stack of decoder layers")
     missing = set(info["missing_keys"])
     if head_std is not None:
-        missing.discard("score.weight")      # drawn from a seed: the same on every rank
+        missing.discard("score.weight")
         draw = torch.randn(1, config.hidden_size, generator=torch.Generator().manual_seed(0))
-        hf.score.weight.data = draw * head_std
+        hf.score.weight.data = draw * head_std                   # (1, d), the same on every rank
     if missing:
         fail(f"{path}: weights are missing from the checkpoint, among them {min(missing)}")
     model = wrap(hf)
@@ -300,10 +318,8 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
     if train:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    layers = [m for m in model.modules()
-              if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers][0]
-    for block in [*layers, model]:           # the root last: embeddings, final norm and head
-        for p in block.parameters():         # not buffers: rotary frequencies stay in fp32
+    for block in [*hf.base_model.layers, model]:     # the root last: embeddings, final norm, head
+        for p in block.parameters():                 # not buffers: rotary frequencies stay in fp32
             p.data = p.data.to(torch.float32 if train else dtype)
         # Resharded even at the root: after a forward without a backward its weights would stay
         # whole, and the optimizer and checkpoints would find plain tensors instead of shards.
@@ -312,130 +328,110 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
     return model.train().requires_grad_(train)       # gradient checkpointing runs in train() alone
 
 
-def trained_how(path, granularity, cutoff):
-    """A reward model's own granularity and cutoff: from its config.json, where train_rm.py writes
-    them, or, for one released without them and for a function, from the flags."""
-    config = None
-    if ".py:" not in path:
-        config = read_config(path)
-    if hasattr(config, "segment_granularity"):
-        return config.segment_granularity, config.segment_cutoff
-    if granularity is None or granularity == "segment" and cutoff is None:
-        fail(f"{path} does not say how it was trained: give its --granularity (and, for segments, "
-             "its --cutoff)")
-    return granularity, cutoff or 0.0
-
-
-def micro_batches(lengths, budget, ranks=1):
-    """Cut rows into micro-batches of at most `budget` tokens with padding, longest rows first: a
-    multiple of `ranks` of them, as the number of rows must be, so that all run as many forwards.
-
-    >>> micro_batches([5, 9, 2, 8], budget=18)
-    [[1, 3], [0, 2]]
-    """
-    batches = []
-    for i in np.argsort([-length for length in lengths], kind="stable").tolist():
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    while len(batches) % ranks:
-        largest = max(batches, key=len)
-        batches.append(largest[len(largest) // 2:])
-        del largest[len(largest) // 2:]
-    return batches
-
-
 def pad(rows, device):
-    """[(prompt ids, response ids)] -> ids (B, T), prompt lengths (B,), response lengths (B,)"""
-    whole = [torch.from_numpy(np.concatenate(row)) for row in rows]
-    lengths = torch.tensor([[len(p), len(r)] for p, r in rows], device=device)           # (B, 2)
-    return pad_sequence(whole, batch_first=True).long().to(device), *lengths.unbind(1)
+    """[(prompt ids, response ids)] -> ids (B, T), prompt lengths (B,), response lengths (B,). The
+    lengths are arrays on the CPU: to look at them never waits for a GPU."""
+    whole = [torch.from_numpy(np.concatenate(row)).long() for row in rows]
+    prompt_lens = np.array([len(p) for p, _ in rows])
+    response_lens = np.array([len(r) for _, r in rows])
+    ids = pad_sequence(whole, batch_first=True)                                          # (B, T)
+    return ids.to(device, non_blocking=True), prompt_lens, response_lens
 
 
 def response_mask(rows, stops, device):
     """bool (B, R), True on the tokens of each response, and bool (B,), does a stop token end it?"""
-    lengths = torch.tensor([len(r) for _, r in rows])                                    # (B,)
-    last = torch.tensor([int(r[-1]) for _, r in rows])                                   # (B,)
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]                           # (B, R)
-    return mask.to(device), torch.isin(last, stops).to(device)
+    ones = [torch.ones(len(r), dtype=torch.bool) for _, r in rows]
+    finished = torch.tensor([r[-1] in stops for _, r in rows])                           # (B,)
+    return pad_sequence(ones, batch_first=True).to(device), finished.to(device)
+
+
+def cut_rows(rows, entropy, stops, cutoff, granularity):
+    """The segment ends of rows, bool (B, R): the one place where trainers, judges and this script
+    cut. It sees the tokens, so another way to cut is a branch here and a word in Granularity."""
+    mask, finished = response_mask(rows, stops, entropy.device)                # (B, R), (B,)
+    return segment_ends(entropy, mask, finished, cutoff, granularity)
+
+
+def micro_batches(lengths, size):
+    """This rank's share of the rows, longest first, at most `size` at a time: a list of index
+    arrays. Dealt before they are cut, so that all ranks run as many forwards (the number of rows
+    must be a multiple of the ranks).
+
+    >>> _ = setup()
+    >>> micro_batches([5, 9, 2, 8], size=3)
+    [array([1, 3, 0]), array([2])]
+    """
+    longest_first = np.argsort([-length for length in lengths], kind="stable")
+    mine = longest_first[rank()::dist.get_world_size()]
+    return [mine[k:k + size] for k in range(0, len(mine), size)]
 
 
 @torch.no_grad()
-def map_rows(model, rows, budget, device, title=""):
-    """model(ids, prompt_lens, response_lens), (..., b, r), of all rows: (..., B, R) on each rank.
-    Micro-batches are dealt to the ranks; the sum over ranks puts the results together."""
-    ranks, R = dist.get_world_size(), max(len(r) for _, r in rows)
-    filled = rows + rows[-1:] * (-len(rows) % ranks)                 # to a multiple of the ranks
-    batches = micro_batches([len(p) + len(r) for p, r in filled], budget, ranks)[rank()::ranks]
-    results, said = None, time.time()
-    for done, batch in enumerate(batches):
-        result = model(*pad([filled[i] for i in batch], device)).float()             # (..., b, r)
+def map_rows(model, rows, size, device, batches=None):
+    """model(ids, prompt_lens, response_lens), (..., b, r), of all rows: (..., B, R) on the CPU of
+    every rank. This rank's batches are given, or made of `size` rows at a time; the sum over ranks
+    puts the results together."""
+    filled = rows + rows[-1:] * (-len(rows) % dist.get_world_size())     # a multiple of the ranks
+    if batches is None:
+        batches = micro_batches([len(p) + len(r) for p, r in filled], size)
+    R = max(len(r) for _, r in rows)
+    results = None
+    for batch in batches:
+        result = model(*pad([filled[i] for i in batch], device)).float()         # (..., b, r)
         if results is None:
-            results = torch.zeros(*result.shape[:-2], len(filled), R, device=device)
+            results = result.new_zeros(*result.shape[:-2], len(filled), R)       # (..., B, R)
         results[..., batch, :result.shape[-1]] = result
-        if title and time.time() - said > 20:
-            said = time.time()
-            say(f"{title}: {done + 1} of {len(batches)} batches")
     dist.all_reduce(results)
-    return results[..., :len(rows), :]
+    return results[..., :len(rows), :].cpu()
 
 
 # -- Plumbing. Data: preferences and prompts as message lists, read by the datasets package --------
 def read_rows(source, limit=0):
-    """A hub id, a .json(l)(.gz) or .parquet file or a folder, each with or without a split
+    """A hub id or a .json(l)(.gz), .csv or .parquet file, each with or without a part of it
     ("pairs.jsonl:train[98%:]"), as a datasets.Dataset."""
     import datasets                                              # here, because it takes a second
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    name, _, split = source.partition(":")
-    split = split or "train"
-    part = split.partition("[")[0]
-    folder = f"{name}/{part}" if os.path.exists(f"{name}/dataset_dict.json") else name
-    if not os.path.exists(name) and re.search(r"^[./~]|\.(jsonl?|parquet)(\.gz)?$", name):
+    name, _, part = source.partition(":")
+    if not os.path.exists(name) and re.search(r"^[./~]|\.[A-Za-z]\w*$|\s|/.*/", name):
         fail(f"{name}: no such file")
+    load = {"path": name}
+    if os.path.isfile(name):                 # escaped: datasets takes pairs[1].jsonl for a pattern
+        kind = re.search(r"csv|parquet|$", name)[0]
+        load = {"path": kind or "json", "data_files": {"train": glob.escape(name)}}
     try:
-        if os.path.isfile(name):
-            kind = "parquet" if name.endswith(".parquet") else "json"
-            data = datasets.load_dataset(kind, data_files=name, split=split)
-        elif os.path.exists(f"{folder}/state.json"):             # saved by save_to_disk
-            files = {part: f"{folder}/*.arrow"}
-            data = datasets.load_dataset("arrow", data_files=files, split=split)
-        else:
-            data = datasets.load_dataset(name, split=split)
+        data = datasets.load_dataset(**load, split=part or "train")
     except Exception as error:
         fail(f"{source}: cannot be read as a data set ({error.__cause__ or error})")
     return data.select(range(min(limit or len(data), len(data))))
 
 
-def messages_of(value, where, role):
-    """Text or a message list -> a checked message list."""
+def messages_of(value, role):
+    """Text or a message list -> a message list."""
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
-    good = isinstance(value, list) and len(value) > 0
-    for message in value if good else []:
-        good = good and isinstance(message, dict) and isinstance(message.get("content"), str)
-    if not good:
-        fail(f"{where}: must be text, or a list of messages with a role and a text as content")
-    return [{"role": message.get("role"), "content": message["content"]} for message in value]
+    for message in value:
+        assert isinstance(message["content"], str), "a message's content must be text"
+        assert not message.get("tool_calls"), "a message with tool calls"
+    return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
 def conversation(row, side, where):
-    """The prompt messages and the response text of one side of a preference."""
-    if row.get(side) is None:
-        fail(f"{where}: there is no {side} in it; it has {', '.join(row)}")
-    chat = messages_of(row[side], f"{where}, {side}", "assistant")
-    if row.get("prompt") is not None:
-        prompt = messages_of(row["prompt"], f"{where}, prompt", "user")
-        if chat[0]["role"] != "assistant":                       # the chat repeats the prompt
-            prompt = [message for message in prompt if message not in chat]      # a system message
-            if any(message["role"] != "system" for message in prompt):
-                fail(f"{where}: prompt and {side} hold different turns")
+    """The prompt messages and the response text of a row's side: chosen, rejected, or none."""
+    try:
+        assert not row.get("system"), "the column system would be lost: make it a message"
+        assert not row.get("input"), "the column input would be lost: make it part of the prompt"
+        prompt = messages_of(row.get("prompt") or row.get("instruction") or [], "user")
+        chat = messages_of(row[side] if side else "", "assistant")
+        # the side may repeat the prompt, with or without its system message
+        repeated = [m for m in prompt if m["role"] != "system" or m in chat[:1]]
+        if chat[:len(repeated)] == repeated:
+            chat = chat[len(repeated):]
+        assert chat[0]["role"] == "assistant" or not prompt, f"{side} holds other turns than prompt"
         chat = prompt + chat
-    elif isinstance(row[side], str):
-        fail(f"{where}: {side} is one text; give message lists or a prompt column")
-    if len(chat) < 2 or chat[-1]["role"] != "assistant":
-        fail(f"{where}, {side}: must be a prompt and the assistant's answer")
+        assert len(chat) > 1, f"{side} is one text: give message lists, or a column prompt"
+        assert chat[-2]["role"] != "assistant" == chat[-1]["role"], "a prompt, then one answer"
+    except Exception as error:
+        fail(f"{where} cannot be used: {error!r}; its columns: {', '.join(row)}")
     return chat[:-1], chat[-1]["content"]
 
 
@@ -447,8 +443,8 @@ def load_pairs(source, limit=0):
         where = f"{source} row {n}"
         prompt, chosen = conversation(row, "chosen", where)
         other_prompt, rejected = conversation(row, "rejected", where)
-        both_there = chosen.strip() and rejected.strip()
-        if both_there and chosen != rejected and prompt == other_prompt:
+        differ = chosen.strip() and rejected.strip() and chosen != rejected
+        if differ and prompt == other_prompt:
             pairs.append((prompt, chosen, rejected, where))
     if len(pairs) < len(rows):
         say(f"{source}: dropped {len(rows) - len(pairs)} of {len(rows)} pairs: a response is empty "
@@ -460,14 +456,8 @@ def load_prompts(source, limit=0):
     """[prompt messages] from a column prompt, instruction, or the chosen side of preferences."""
     prompts = []
     for n, row in enumerate(read_rows(source, limit), 1):
-        where = f"{source} row {n}"
-        if row.get("prompt") or row.get("instruction"):
-            chat = messages_of(row.get("prompt") or row["instruction"], where, "user")
-        else:
-            chat, _ = conversation(row, "chosen", where)
-        if chat[-1]["role"] == "assistant":
-            fail(f"{where}: a prompt ends before the assistant's turn")
-        prompts.append(chat)
+        side = "chosen" if "chosen" in row else ""
+        prompts.append(conversation(row, side, f"{source} row {n}")[0])
     return prompts
 
 
@@ -478,11 +468,12 @@ def prompt_text(messages):
     return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
 
 
-# -- Plumbing. Chat encoding: the tokenizer's own template, prompt and response tokenised apart ----
+# -- Plumbing. Chat encoding: the tokenizer's own template -----------------------------------------
 def load_tokenizer(path):
     """The tokenizer and its stop tokens, (n,): EOS by the tokenizer and by generation_config (or,
     without one, by config)."""
-    eos = read_config(path).eos_token_id
+    config = read_config(path)
+    eos = config.eos_token_id
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:               # for a missing file it talks of other packages
@@ -494,97 +485,110 @@ def load_tokenizer(path):
     stops = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     if not stops:
         fail(f"{path}: no stop token; set eos_token_id in generation_config.json")
+    embeddings = config.get_text_config().vocab_size
+    if len(tokenizer) > embeddings:
+        fail(f"{path}: {len(tokenizer)} tokens, but only {embeddings} embeddings; resize them")
     return tokenizer, torch.tensor(sorted(stops))
 
 
-def special_tokens(tokenizer):
-    """{text: id}; tokenizer.all_special_tokens holds only those with a role, such as BOS."""
-    return {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+def never_sampled(tokenizer, stops):
+    """Ids (n,) of the special tokens that stop nothing: templates write them, policies never do."""
+    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    return np.setdiff1d(special, stops)
 
 
 def render(tokenizer, messages, where, **kwargs):
-    """Messages -> text by the chat template. A special token that a person typed must not end a
-    turn: an invisible character after its first letter keeps it text."""
-    # some templates print the date, and tokens must not change overnight
-    day = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
-    safe = []
-    for message in messages:
-        content = message["content"]
-        for token in special_tokens(tokenizer):
-            content = content.replace(token, token[0] + "\u200b" + token[1:])
-        safe.append({**message, "content": content})
+    """Messages -> text by the chat template, on the date that Llama-3's has without one: tokens
+    must not change overnight."""
     try:
-        return tokenizer.apply_chat_template(
-            safe, chat_template=day + tokenizer.get_chat_template(), tokenize=False, **kwargs)
+        return tokenizer.apply_chat_template(messages, tokenize=False, date_string="26 Jul 2024",
+                                             **kwargs)
     except Exception as error:
         fail(f"{where}: the chat template refuses it ({error})")
 
 
 def tokenize(tokenizer, texts):
     """[text] -> [int32 ids]; the template has put BOS and EOS where they belong."""
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return [np.array(ids, dtype=np.int32) for ids in encoded]
 
 
-def cut_prompt(ids, limit, bos):
-    """The last `limit` tokens of a prompt; BOS stays."""
-    if len(ids) > limit and ids[0] == bos:
-        return np.concatenate([ids[:1], ids[len(ids) - limit + 1:]])
-    return ids[max(0, len(ids) - limit):]
+def cut_prompts(prompts, limit):
+    """[ids] -> each prompt's first token (BOS) and its last limit - 1; how many is said."""
+    long = sum(len(ids) > limit for ids in prompts)
+    if long:
+        say(f"{long} of {len(prompts)} prompts were cut to {limit} tokens")
+    return [np.delete(ids, slice(1, max(1, 1 + len(ids) - limit))) for ids in prompts]
 
 
 def encode_prompts(tokenizer, prompts, max_tokens, source):
     """[messages] -> [int32 ids], cut to max_tokens."""
     texts = [render(tokenizer, messages, f"{source} row {n}", add_generation_prompt=True)
              for n, messages in enumerate(prompts, 1)]
-    encoded = tokenize(tokenizer, texts)
-    cut = sum(len(ids) > max_tokens for ids in encoded)
-    if cut:
-        say(f"{source}: {cut} of {len(texts)} prompts were cut to their last {max_tokens} tokens")
-    return [cut_prompt(ids, max_tokens, tokenizer.bos_token_id) for ids in encoded]
+    return cut_prompts(tokenize(tokenizer, texts), max_tokens)
 
 
 def encode_chats(tokenizer, stops, chats, max_tokens, max_prompt_tokens):
     """[(prompt messages, [response texts], where)] -> [(prompt ids, response ids)], int32, a row
-    for each response, end-of-turn token included; `where` is what an error calls the row.
+    for each response, end-of-turn token included; `where` is what an error calls the chat.
 
     A response is what the full conversation adds to the prompt rendered with its generation prompt,
-    up to its first stop token. Too long: the prompt, the same for all its responses, is cut to
-    max_prompt_tokens, then a response loses its last tokens, and so is "not finished".
+    up to its first stop token. A prompt is cut to max_prompt_tokens, a response to what is left of
+    max_tokens: then it is not finished.
     """
-    rows, cut, endless = [], 0, 0
-    for prompt, responses, where in chats:
-        start = render(tokenizer, prompt, where, add_generation_prompt=True)
-        texts = [start]
-        for response in responses:
-            whole = render(tokenizer, [*prompt, {"role": "assistant", "content": response}], where)
-            if not whole.startswith(start):
-                fail(f"{where}: the chat template does not continue its own generation prompt")
-            texts.append(whole[len(start):])
-        p, *encoded = tokenize(tokenizer, texts)
-        for i, r in enumerate(encoded):
-            end = np.flatnonzero(np.isin(r, stops.numpy()))
-            endless += not len(end)
-            encoded[i] = r[:end[0] + 1] if len(end) else r
-        if len(p) + max(len(r) for r in encoded) > max_tokens and len(p) > max_prompt_tokens:
-            p = cut_prompt(p, max_prompt_tokens, tokenizer.bos_token_id)
-            cut += 1
-        rows += [(p, r[:max_tokens - len(p)]) for r in encoded]
+    rows, endless, said = [], 0, time.time()
+    never = never_sampled(tokenizer, stops)
+    for first in range(0, len(chats), 1000):             # many at a time is twice as fast
+        texts = []
+        for prompt, responses, where in chats[first:first + 1000]:
+            start = render(tokenizer, prompt, where, add_generation_prompt=True)
+            for response in responses:
+                answer = {"role": "assistant", "content": response}
+                whole = render(tokenizer, [*prompt, answer], where)
+                if not whole.startswith(start):
+                    fail(f"{where}: the chat template does not continue its own generation prompt")
+                texts.append((start, whole, response, where))
+        starts, wholes, *_ = zip(*texts)
+        prompts = dict(zip(set(starts), tokenize(tokenizer, list(set(starts)))))
+        for (start, whole, response, where), ids in zip(texts, tokenize(tokenizer, wholes)):
+            p = prompts[start]
+            r = ids[len(p):]
+            if not np.array_equal(ids[:len(p)], p):              # a merge crosses the border
+                r = tokenize(tokenizer, [whole[len(start):]])[0]
+            stop = np.flatnonzero(np.isin(r, stops))
+            if len(stop):
+                r = r[:stop[0] + 1]
+            endless += not len(stop)
+            odd = tokenizer.decode(r[np.isin(r, never)][:1])
+            if odd not in response:
+                fail(f"{where}: the chat template puts {odd} into the answer, which the policy "
+                     "never samples; it belongs into the generation prompt")
+            rows.append((p, r))
+        if time.time() - said > 20:
+            said = time.time()
+            say(f"{len(rows)} responses are encoded, to {first + 1000} of {len(chats)} prompts")
     if endless > len(rows) / 2:
         fail(f"{endless} of {len(rows)} responses hold no stop token: the template's end-of-turn "
              f"token is not among {tokenizer.convert_ids_to_tokens(stops.tolist())}; set "
              "eos_token_id in generation_config.json")
-    if cut:
-        say(f"{cut} of {len(chats)} prompts were cut to their last {max_prompt_tokens} tokens")
-    return rows
+    prompts = cut_prompts([p for p, _ in rows], max_prompt_tokens)
+    return [(p, r[:max_tokens - len(p)]) for p, (_, r) in zip(prompts, rows)]
+
+
+def answer_text(tokenizer, stops, ids):
+    """A response's text, without its stop token."""
+    content = ids[:-1] if ids[-1] in stops else ids
+    return tokenizer.decode(content, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def segment_texts(tokenizer, ids, ends):
-    """The text of each segment, and of what follows the last one. Prefixes are decoded, because a
-    token that is decoded alone loses its space."""
+    """The text of each segment, and of what follows the last one; they join to the whole. Prefixes
+    are decoded: a token that is decoded alone loses its space, or is half of a character."""
     texts, before = [], ""
     for cut in [*np.flatnonzero(ends) + 1, len(ids)]:
         prefix = tokenizer.decode(ids[:cut], clean_up_tokenization_spaces=False)
+        if cut < len(ids):
+            prefix = prefix.rstrip("\ufffd")             # half a character: it comes with its end
         texts.append(prefix[len(before):])
         before = prefix
     return texts if texts[-1] else texts[:-1]
@@ -593,65 +597,27 @@ def segment_texts(tokenizer, ids, ends):
 # ==================================================================================================
 # The script: look at segments, choose a cutoff
 # ==================================================================================================
-def paint(texts, rewards=()):
-    """Segments as one string, parted by bars, the rewards behind them."""
-    notes = [f" [{reward:+.2f}]" for reward in rewards] + [""] * len(texts)
-    return " |".join(text + note for text, note in zip(texts, notes))
-
-
 def main(cfg):
     device = setup()
-    prepare_world(cfg.model, "" if cfg.text else cfg.data)
-    own, own_cutoff = "segment", 1.0
-    if cfg.reward_model:
-        own, own_cutoff = trained_how(cfg.reward_model, cfg.granularity, cfg.cutoff)
-    granularity = cfg.granularity or own
-    cutoff = own_cutoff if cfg.cutoff is None else cfg.cutoff
+    dtype = set_precision(cfg.dtype, device)
     tokenizer, stops = load_tokenizer(cfg.model)
-    if cfg.text:
-        chats = [([{"role": "user", "content": cfg.prompt}], [cfg.text], "--text")]
-    else:
-        pairs = load_pairs(cfg.data, cfg.max_samples)
-        chats = [(prompt, [chosen], where) for prompt, chosen, _, where in pairs]
-    max_tokens = min(cfg.max_tokens, read_config(cfg.model).max_position_embeddings)
-    rows = encode_chats(tokenizer, stops, chats, max_tokens, max_tokens // 2)
+    check_context(cfg.model, cfg.max_tokens, cfg.max_prompt_tokens)
+    chats = [(prompt, [chosen], where)
+             for prompt, chosen, _, where in load_pairs(cfg.data, cfg.max_samples)]
+    rows = encode_chats(tokenizer, stops, chats, cfg.max_tokens, cfg.max_prompt_tokens)
+    model = load_model(cfg.model, LanguageModel, device, dtype)
+    _, entropy = map_rows(model, rows, cfg.micro_batch_size, device)                     # (B, R)
 
-    model = load_model(cfg.model, LanguageModel, device, compute_dtype(cfg.dtype, device))
-    _, entropy = map_rows(model, rows, cfg.micro_tokens, device, "entropies")            # (B, R)
-    mask, finished = response_mask(rows, stops, device)                        # (B, R), (B,)
-    content = segment_ends(entropy, mask, finished, 0.0, "token")                        # (B, R)
-    tokens = int(content.sum())
-    if cfg.target_length:         # a segment ends at each high entropy, and once at each last token
-        last = segment_ends(entropy, mask, finished, math.inf, "segment")                # (B, R)
-        inside = entropy[content & ~last].sort(descending=True).values                   # (N,)
-        wanted = round(tokens / cfg.target_length) - len(rows)
-        cutoff = round(float(inside[min(max(wanted, 0), len(inside) - 1)]), 6)
-    ends = segment_ends(entropy, mask, finished, cutoff, granularity)                    # (B, R)
+    ends = cut_rows(rows, entropy, stops, cfg.cutoff, cfg.granularity)                   # (B, R)
+    for (prompt, *_), (_, response), row_ends in list(zip(chats, rows, ends))[:3]:
+        texts = segment_texts(tokenizer, response, row_ends[:len(response)])
+        say(f"\nuser: {prompt_text(prompt)}\n{' | '.join(texts)}")
 
-    if cfg.reward_model:          # chapter 2 trains it; here its scalar at each token is looked at
-        rm, info = AutoModelForSequenceClassification.from_pretrained(
-            cfg.reward_model, num_labels=1, use_safetensors=True, output_loading_info=True)
-        rm.to(device)
-        if info["missing_keys"]:
-            fail(f"{cfg.reward_model} is no reward model: it has no scalar head")
-    for b, (prompt, *_) in enumerate(chats[:cfg.show]):
-        p, r = rows[b]
-        rewards = []
-        if cfg.reward_model:
-            with torch.no_grad():
-                hidden = rm.base_model(pad([(p, r)], device)[0]).last_hidden_state       # (1, T, d)
-                rewards = rm.score(hidden)[0, len(p):, 0][ends[b, :len(r)]].tolist()
-        texts = segment_texts(tokenizer, r, ends[b, :len(r)].cpu())
-        say(f"\nuser: {prompt[-1]['content'].strip()}\n{paint(texts, rewards)}")
-
-    say(f"\n{len(rows)} responses, {tokens / len(rows):.1f} tokens each\n"
-        "cutoff  segments per response  tokens per segment")
-    for c in sorted({.5, .75, 1., 1.25, 1.5, 1.75, 2., 2.5, 3., cutoff}):
-        n = int(segment_ends(entropy, mask, finished, c, "segment").sum())
-        say(f"{c:6.2f}  {n / len(rows):21.2f}  {tokens / n:18.2f}")
-    if cfg.target_length:
-        n = int(segment_ends(entropy, mask, finished, cutoff, "segment").sum())
-        say(f"--cutoff {cutoff} gives segments of {tokens / n:.2f} tokens")
+    tokens = cut_rows(rows, entropy, stops, 0.0, "token").sum()
+    say("\ncutoff  segments per response  tokens per segment")
+    for cutoff in np.arange(0.25, 8.25, 0.25):
+        n = cut_rows(rows, entropy, stops, cutoff, "segment").sum()
+        say(f"{cutoff:6.2f}  {n / len(rows):21.2f}  {tokens / n:18.2f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Chapter 2 of 4: a reward model that scores segments, learned from preferences between responses.
 
-    python train_rm.py                                             # the embedded world, 2 minutes
+    python train_rm.py                                             # the embedded world, a minute
     python train_rm.py --granularity bandit --out out/rm-bandit    # the classical reward model
     torchrun --nproc_per_node=8 train_rm.py @config/llama3.1-8b-rm.args          # 8 GPUs
 
@@ -9,21 +9,20 @@ scalar at a segment's last token is the segment's reward, a response scores the 
 segments' rewards, and Bradley-Terry pushes the chosen response's score above the rejected one's.
 No segment is ever labelled.
 
-Then (section 2.3) from segment rewards to token rewards: a segment's reward depends on where in the
-response it lies, so it is normalised by a mean and a standard deviation that are linear in log p,
-p = i/n the relative location, and spread evenly over the segment's tokens. Chapter 3 fits and uses
-this; the functions stand here, where the rewards come from.
-
-What differs from the authors' code: the SFT model's entropies are computed inside the step; the fit
-clamps p and the deviation (theirs turns negative at small p, which flips the reward's sign); both
-sides of a pair see the same prompt, with its BOS.
+What differs from the authors' code: the SFT model's entropies are computed inside the step; both
+sides of a pair see the same prompt, with its BOS; pairs are held out by prompt, so that the
+accuracy on them and chapter 3's calibration are honest.
 """
+import fcntl
+import glob
+import importlib.util
 import json
 import os
 import shutil
+import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
-from typing import Optional
 
 import numpy as np
 import torch
@@ -33,65 +32,63 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
                                                      get_state_dict, set_state_dict)
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
-from segment import (WORLD, Dtype, Granularity, LanguageModel, compute_dtype, encode_chats, fail,
-                     in_world, load_model, load_pairs, load_tokenizer, map_rows,
-                     micro_batches, opt, pad, parse, prepare_world, rank, read_config, read_rows,
-                     response_mask, say, segment_ends, segment_locations, sequence_score, setup)
+from segment import (Dtype, Granularity, LanguageModel, check_context, cut_rows, encode_chats, fail,
+                     load_model, load_pairs, load_tokenizer, map_rows, micro_batches, never_sampled,
+                     pad, parse, rank, read_config, read_rows, say, sequence_score, set_precision,
+                     setup, warn_of_world_values)
 
 
 @dataclass
 class Config:
     # what to train on what
-    model: str = opt(f"{WORLD}/sft", "the SFT model: the backbone's start, and its entropies")
-    data: str = opt(f"{WORLD}/pairs.jsonl", "preferences (paper: hendrydong/preference_700K)")
-    eval_data: Optional[str] = opt(None, "held-out preferences (default: the last 2 % of --data, "
-                                   "at most 2,000; the embedded world has its own)")
-    out: str = opt("out/rm", "output folder")
-    granularity: Granularity = opt("segment", "what gets a reward")
-    cutoff: float = opt(1.0, "nats; segment.py helps to choose (paper: Phi-3 1.75, Llama-3 2.0)")
-    max_samples: int = opt(0, "read at most this many pairs (0: all)")
-    max_tokens: int = opt(256, "prompt + response (paper: 2048)")
-    max_prompt_tokens: int = opt(128, "for a prompt whose response does not fit (paper: 1728)")
+    model: str = "data/reviews/sft"            # the SFT model: the backbone's start, the entropies
+    data: str = "data/reviews/pairs.jsonl"     # preferences (paper: hendrydong/preference_700K)
+    eval_data: str = ""                        # held-out preferences, if not from --data:
+    held_out: int = 400                        # its last rows are held out
+    out: str = "out/rm"                        # output folder
+    granularity: Granularity = "segment"       # what gets a reward: segment, token, bandit
+    cutoff: float = 1.0                        # nats; segment.py helps (paper: Llama-3 2.0)
+    max_samples: int = 0                       # read at most this many pairs (0: all)
+    max_tokens: int = 256                      # prompt + response (paper: 2048)
+    max_prompt_tokens: int = 128               # longer prompts lose their oldest (paper: 1728)
     # optimisation
-    batch_size: int = opt(32, "pairs per step, over all GPUs (paper: 128)")
-    epochs: int = opt(2, "paper: 1")
-    max_steps: int = opt(0, "stop, and end the schedule, after this many steps (0: epochs)")
-    lr: float = opt(1e-3, "peak (paper: 1e-6)")
-    warmup: float = opt(0.03, "share of the steps")
-    clip_norm: float = opt(1.0, "gradient norm is clipped to this")
-    seed: int = opt(0, "of the order of the pairs")
+    batch_size: int = 32                       # pairs a step, over all GPUs (paper: 128)
+    epochs: int = 2                            # over the pairs (paper: 1)
+    max_steps: int = 0                         # end the schedule after this many steps (0: epochs)
+    lr: float = 1e-3                           # peak (paper: 1e-6)
+    seed: int = 0                              # of the order of the pairs
     # hardware
-    dtype: Dtype = opt("auto", "to compute in: bf16 on CUDA, fp32 on CPU (masters are fp32)")
-    micro_tokens: int = opt(16384, "tokens in one GPU's forward pass: lower it when out of memory")
-    grad_checkpoint: bool = opt(False, "recompute activations: less memory, a third more time")
+    micro_batch_size: int = 16                 # rows in one forward pass of one GPU, 2 a pair
+    dtype: Dtype = "auto"                      # to compute in: bf16 on CUDA, fp32 on CPU
+    grad_checkpoint: bool = False              # less memory, a third more time
     # bookkeeping
-    eval_every: int = opt(50, "steps between evaluations")
-    save_every: int = opt(100, "steps between checkpoints")
-    resume: bool = opt(False, "continue an unfinished run")
-    wandb: str = opt("", "log to this wandb project too")
+    save_every: int = 100                      # steps between checkpoints, each with an evaluation
+    wandb: str = ""                            # log to this wandb project too
 
 
-# -- The method. 1. a scalar at every token, and the loss ------------------------------------------
+# -- The method: a scalar at every token, and the loss ---------------------------------------------
 class ScalarModel(nn.Module):
-    """Backbone and linear head d -> 1 without bias. With shift 0 it reads a reward at each response
-    token; with shift -1 (the critic) a value where the model decided on that token."""
+    """Backbone and linear head d -> 1 without bias: a reward at each response token."""
     auto_class = AutoModelForSequenceClassification
     settings = {"num_labels": 1}
-    shift = 0
+    shift = 0                            # the critic of chapter 3 reads one position earlier
 
     def __init__(self, hf):
         super().__init__()
         self.hf = hf
 
     def forward(self, ids, prompt_lens, response_lens):
-        """ids: (B, T) right-padded; lens: (B,). Returns fp32 (B, R); any number on padding."""
+        """ids: (B, T) right-padded; lens: int (B,), on the CPU. Returns fp32 (B, R), 0 on padding.
+        """
         hidden = self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state    # (B, T, d)
         scalars = (hidden.float() @ self.hf.score.weight.float().T)[..., 0]              # (B, T)
-        r = torch.arange(int(response_lens.max()), device=ids.device)                    # (R,)
-        position = prompt_lens[:, None] + r + self.shift                                 # (B, R)
-        return scalars.gather(1, position.clamp(max=ids.shape[1] - 1))
+        starts = [p + self.shift for p in prompt_lens]
+        of_responses = [row[start:start + r]
+                        for row, start, r in zip(scalars, starts, response_lens)]        # B x (r,)
+        return pad_sequence(of_responses, batch_first=True)                              # (B, R)
 
     def check(self, path):
         if not hasattr(self.hf, "score") or self.hf.score.bias is not None:
@@ -103,120 +100,8 @@ def bradley_terry(scores_chosen, scores_rejected):
     return -F.logsigmoid(scores_chosen - scores_rejected)
 
 
-# -- The method. 2. from segment rewards to token rewards: normalise by location, spread -----------
-@dataclass
-class Normalizer:
-    """mean(p) = w_mean log p + b_mean, std(p) = w_std log p + b_std (section 2.3). p is clamped to
-    what was calibrated, std to a tenth of its value at p = 1: a line goes negative at small p."""
-    w_mean: float = 0.0
-    b_mean: float = 0.0
-    w_std: float = 0.0
-    b_std: float = 1.0
-    p_min: float = 1e-3
-    p_max: float = 1.0
-
-    def mean(self, p):
-        return self.w_mean * self.log(p) + self.b_mean
-
-    def std(self, p):
-        return (self.w_std * self.log(p) + self.b_std).clamp(min=0.1 * self.b_std)
-
-    def log(self, p):
-        return torch.as_tensor(p, dtype=torch.float32).clamp(self.p_min, self.p_max).log()
-
-    def to_dict(self):
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, d):
-        return cls(**d)
-
-
-def huber_line(x, y, epsilon=1.35):
-    """(slope, intercept) of Huber's regression of y on x, (n,) each, with the scale sigma estimated
-    along with the line (his proposal 2): residuals beyond epsilon sigma count linearly."""
-    X = np.stack([x, np.ones_like(x)], 1)                                                # (n, 2)
-    line = np.linalg.lstsq(X, y, rcond=None)[0]                                          # (2,)
-    floor = 1e-9 * (1 + np.abs(y).max())
-    sigma = max(floor, (y - X @ line).std())
-    for _ in range(500):                     # reweighted least squares; outliers count less
-        error = np.abs(y - X @ line)                                                     # (n,)
-        inside = np.minimum((error / sigma) ** 2, epsilon ** 2)
-        sigma = max(floor, sigma * np.sqrt(inside.mean()))
-        root = np.sqrt(np.minimum(1, epsilon * sigma / np.maximum(error, floor)))        # (n,)
-        line = np.linalg.lstsq(X * root[:, None], y * root, rcond=None)[0]
-    return float(line[0]), float(line[1])
-
-
-def fit_normalizer(locations, rewards):
-    """Fit a Normalizer to segment rewards. locations: (N,) in (0, 1]; rewards: (N,). Segments are
-    pooled by p rounded to 3 decimals; Huber regressions of the pools' means and population
-    deviations on log(mean p of the pool); one location alone has slope 0. ValueError for rewards
-    that are not finite, do not vary, or hardly share a location."""
-    p = np.asarray(locations, dtype=np.float64).ravel()
-    y = np.asarray(rewards, dtype=np.float64).ravel()
-    if not len(p) or not np.isfinite(y).all() or not p.min() > 0:
-        raise ValueError("needs finite rewards at locations above 0")
-    _, pool, count = np.unique(np.round(p, 3), return_inverse=True, return_counts=True)
-    mean = np.bincount(pool, y) / count                                                  # (pools,)
-    std = np.sqrt(np.bincount(pool, (y - mean[pool]) ** 2) / count)                      # (pools,)
-    log_p = np.log(np.bincount(pool, p) / count)                                         # (pools,)
-    if len(count) == 1:
-        log_p = np.zeros(1)                              # nothing to regress on: the slope is 0
-    several = count > 1                                  # one value has no deviation
-    if several.sum() < min(2, len(count)):
-        raise ValueError(f"{len(p)} segments hardly share a location; calibrate on more")
-    fit = Normalizer(*huber_line(log_p, mean), *huber_line(log_p[several], std[several]),
-                     p_min=float(p.min()), p_max=float(p.max()))
-    if not fit.b_std > 1e-6 * (1 + abs(fit.b_mean)):
-        raise ValueError("the rewards do not vary, there is nothing to divide by")
-    return fit
-
-
-def spread_rewards(rewards_at_ends, ends, mask, how):
-    """Give every token its share of its segment's reward (section 2.3, "interpolation").
-
-    rewards_at_ends (B, R): read where ends (bool) is True; mask: bool (B, R). even (the method):
-    divided by the segment's length; repeat: the whole reward to each token; end: all at the last
-    token. Returns (B, R); tokens behind the last end (the end-of-turn token) get 0.
-
-    >>> ends = torch.tensor([[False, True, True, False]])
-    >>> spread_rewards(torch.tensor([[0., 4., 3., 0.]]), ends, torch.ones(1, 4, dtype=bool), "even")
-    tensor([[2., 2., 3., 0.]])
-    """
-    if how not in ("even", "repeat", "end"):
-        raise ValueError(f"interpolation {how!r}: one of even, repeat, end")
-    ends = ends & mask
-    rewards = torch.where(ends, rewards_at_ends, 0.0)                                    # (B, R)
-    if how == "end":
-        return rewards
-    segment = ends.cumsum(1) - ends.long()               # (B, R) number of ends before this token
-    zeros = torch.zeros_like(rewards)
-    total = zeros.scatter_add(1, segment, rewards)                   # (B, segments)
-    length = zeros.scatter_add(1, segment, mask.float())             # (B, segments)
-    share = total / length.clamp(min=1) if how == "even" else total
-    return share.gather(1, segment) * mask
-
-
-def place_rewards(scalars, sft_entropy, mask, finished, cutoff, own, use):
-    """What PPO rewards, and where, when a reward model trained on `own` segments is used on `use`.
-    scalars, sft_entropy, mask: (B, R); finished: (B,). Returns rewards and ends, (B, R). Used as
-    bandit: the sequence score at the last token; else the scalars at the ends of `use`."""
-    ends = segment_ends(sft_entropy, mask, finished, cutoff, use)
-    if use == "bandit":
-        own_ends = segment_ends(sft_entropy, mask, finished, cutoff, own)
-        scalars = sequence_score(scalars, own_ends)[:, None]                             # (B, 1)
-    return torch.where(ends, scalars, 0.0), ends
-
-
-def token_rewards(rewards, ends, mask, normalizer, how):
-    """Normalise by location and spread. rewards (read at ends), ends, mask: (B, R) -> (B, R)"""
-    p = segment_locations(ends)
-    normalized = (rewards - normalizer.mean(p)) / normalizer.std(p)                      # (B, R)
-    return spread_rewards(normalized, ends, mask, how)
-
-
-def learning_rate(step, steps, warmup):
+# -- Training: what both trainers share ------------------------------------------------------------
+def learning_rate(step, steps, warmup=0.03):
     """Factor on the peak: linear warm-up, then a cosine to 10 %. step counts from 0."""
     rise = max(1, round(warmup * steps))
     if step < rise:
@@ -225,77 +110,124 @@ def learning_rate(step, steps, warmup):
     return 0.1 + 0.45 * (1 + np.cos(np.pi * progress))
 
 
-def shuffled(n, times, *seed):
-    """n numbers in random order, `times` over, as one array."""
-    passes = [np.random.default_rng([*seed, turn]).permutation(n) for turn in range(times)]
-    return np.concatenate(passes)
+def make_optimizer(models, device):
+    """AdamW with a group of parameters for each model; optimizer_step gives the rates."""
+    groups = [{"params": list(model.parameters())} for model in models]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0,
+                             fused=device.type == "cuda")
+
+
+def optimizer_step(optimizer, rates):
+    """Clip each group's gradient to norm 1, step, forget. Returns the norms before, (groups,)."""
+    norms = []
+    for group, rate in zip(optimizer.param_groups, rates):
+        norms.append(nn.utils.clip_grad_norm_(group["params"], 1.0).full_tensor())
+        group["lr"] = rate
+    norms = torch.stack(norms)
+    if not norms.isfinite().all():
+        fail("the gradient is not finite: start again with lower learning rates, or look at the "
+             "rewards; the last checkpoint is kept")
+    optimizer.step()
+    optimizer.zero_grad()
+    return norms
+
+
+def shuffled(n, epochs, *seed):
+    """n numbers in random order, `epochs` times over, as one array."""
+    orders = [np.random.default_rng([*seed, epoch]).permutation(n) for epoch in range(epochs)]
+    return np.concatenate(orders)
 
 
 # ==================================================================================================
-# Plumbing. A run's folder: start, resume, finish
+# Plumbing. Data: pair i is the rows 2i (chosen) and 2i + 1 (rejected)
 # ==================================================================================================
-MAY_DIFFER = ("out", "resume", "wandb", "save_every", "sample_every")
+def encode_pairs(tokenizer, stops, pairs, cfg, held_out=()):
+    """The rows (prompt ids, response ids) of pairs, less those that teach nothing: equal tokens, or
+    a prompt of the rows held_out."""
+    chats = [(prompt, [chosen, rejected], where) for prompt, chosen, rejected, where in pairs]
+    rows = encode_chats(tokenizer, stops, chats, cfg.max_tokens, cfg.max_prompt_tokens)
+    held_out_prompts = {p.tobytes() for p, _ in held_out}
+    kept, equal, known = [], 0, 0
+    for (p, chosen), (_, rejected) in zip(rows[0::2], rows[1::2]):
+        if np.array_equal(chosen, rejected):
+            equal += 1
+        elif p.tobytes() in held_out_prompts:
+            known += 1
+        else:
+            kept += [(p, chosen), (p, rejected)]
+    if equal + known:
+        say(f"dropped of {len(pairs)} pairs: {equal} of equal tokens, {known} whose prompt is also "
+            "held out")
+    return kept
 
 
-def look_at_run(cfg):
-    """Before anything is loaded: is OUT free? True if it holds this very run, finished. Every rank
-    looks; nothing is written until `begin_run`."""
-    path = f"{cfg.out}/config.json"
-    if not os.path.exists(path):
-        if os.path.exists(cfg.out) and os.listdir(cfg.out):
+# -- Plumbing. A run's folder: start, go on, finish ------------------------------------------------
+MAY_DIFFER = ("out", "micro_batch_size", "generation_batch_size", "grad_checkpoint", "save_every",
+              "sample_every", "wandb")                           # these change no result
+
+
+def check_out(cfg):
+    """Before anything is loaded: may this run go to OUT? True if it is finished there. Nothing is
+    touched."""
+    parent = os.path.abspath(cfg.out)
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        fail(f"--out {cfg.out} cannot be written: {error}")
+    if cfg.wandb and not importlib.util.find_spec("wandb"):
+        fail("--wandb needs the package: pip install wandb")
+    names = glob.glob("*", root_dir=cfg.out)
+    if not os.path.exists(f"{cfg.out}/config.json"):
+        if names and names != ["config.json.tmp"]:
             fail(f"{cfg.out} holds other files; give another --out")
         return False
-    with open(path) as f:
+    with open(f"{cfg.out}/config.json") as f:
         old = json.load(f)
-    differs = [name for name, value in asdict(cfg).items()
-               if name not in MAY_DIFFER and old.get(name) != value]
-    state = "a finished run" if old.get("finished") else "an unfinished run"
-    if differs:
-        name = differs[0]
-        fail(f"{cfg.out} holds {state} with another config (--{name} was {old.get(name)!r}, now "
-             f"{getattr(cfg, name)!r}); give another --out")
-    if old.get("finished"):
+    for name, value in asdict(cfg).items():
+        if name not in MAY_DIFFER and old.get(name) != value:
+            fail(f"{cfg.out} holds a run with another config (--{name} was {old.get(name)!r}, now "
+                 f"{value!r}); give another --out")
+    finished = "model" in names and "checkpoint" not in names
+    if finished:
         say(f"{cfg.out}: already finished (delete the folder to run again)")
-    elif not cfg.resume:
-        fail(f"{cfg.out} holds {state}: continue it with --resume, or give another --out")
-    return bool(old.get("finished"))
+    return finished
 
 
-def begin_run(cfg, trained, **notes):
-    """Every input could be read: write OUT/config.json, or resume from the newest checkpoint.
+def training_state(model, optimizer):
+    """Weights and moments, sharded. Rates, the order of data and random draws are functions of the
+    step: there is nothing else to remember."""
+    weights, moments = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": moments}
 
-    trained: {name: (model, optimizer)}; notes: kept in config.json. Returns the step to start from.
-    metrics.jsonl is cut back to the checkpoint: what came after it will come again.
-    """
+
+def begin_run(cfg, model, optimizer, **notes):
+    """Every input could be read: write OUT/config.json, with notes; go on from the newest
+    checkpoint. Returns the step to start from and OUT/metrics.jsonl, open (None but on rank 0).
+    What the log says of later steps is cut off: it will come again."""
     folder = f"{cfg.out}/checkpoint"
     names = os.listdir(folder) if os.path.exists(folder) else []
-    step = max([int(name[5:]) for name in names if name[5:].isdigit()], default=0)
-    dist.barrier()                                       # all have looked before rank 0 writes
+    step = max([int(name[5:]) for name in names if not name.endswith(".tmp")], default=0)
     if step:
-        state = training_state(trained)
+        state = training_state(model, optimizer)
         dcp.load(state, checkpoint_id=f"{folder}/step_{step}")
-        for name, (model, optimizer) in trained.items():
-            set_state_dict(model, optimizer, model_state_dict=state[name]["model"],
-                           optim_state_dict=state[name]["optimizer"])
-        say(f"{cfg.out}: resuming after step {step}")
-    if rank() == 0:
-        os.makedirs(cfg.out, exist_ok=True)
-        kept = []
-        if os.path.exists(f"{cfg.out}/metrics.jsonl"):
-            kept = open(f"{cfg.out}/metrics.jsonl").readlines()[:step]
-        write_text(f"{cfg.out}/config.json", json.dumps(asdict(cfg) | notes, indent=1))
-        write_text(f"{cfg.out}/metrics.jsonl", "".join(kept))
-    return step
-
-
-def finish_run(cfg):
-    """A finished run needs no checkpoint."""
-    if rank() == 0:
-        with open(f"{cfg.out}/config.json") as f:
-            config = json.load(f)
-        write_text(f"{cfg.out}/config.json", json.dumps(config | {"finished": True}, indent=1))
-        shutil.rmtree(f"{cfg.out}/checkpoint", ignore_errors=True)
-    say(f"wrote {cfg.out}/model")
+        set_state_dict(model, optimizer, model_state_dict=state["model"],
+                       optim_state_dict=state["optimizer"])
+        say(f"{cfg.out}: going on after step {step}")
+    if rank() > 0:
+        return step, None
+    os.makedirs(folder, exist_ok=True)                   # it leaves when the run is finished
+    log = open(f"{cfg.out}/metrics.jsonl", "a+")
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)          # until this process ends
+    except BlockingIOError:
+        fail(f"{cfg.out} is in use by another process")
+    write_text(f"{cfg.out}/config.json", json.dumps(asdict(cfg) | notes, indent=1))
+    log.seek(0)
+    kept = log.readlines()[:step]
+    log.truncate(len("".join(kept)))
+    return step, log
 
 
 def write_text(path, text):
@@ -304,46 +236,42 @@ def write_text(path, text):
     os.replace(path + ".tmp", path)                      # whole or not at all
 
 
-def log_metrics(cfg, row):
-    """One JSON object a line, from rank 0."""
-    if rank() == 0:
-        with open(f"{cfg.out}/metrics.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
-        if cfg.wandb:
-            try:
-                import wandb
-            except ImportError:
-                fail("--wandb needs the package: pip install wandb")
-            if not wandb.run:
-                wandb.init(project=cfg.wandb, config=asdict(cfg), name=cfg.out)
-            wandb.log(row, step=row["step"])
+def log_metrics(cfg, log, row):
+    """Tensors become numbers, one JSON object a line, from rank 0; a number that does not exist
+    (NaN) is null."""
+    for name, value in row.items():
+        number = value if isinstance(value, int) else float(value)
+        row[name] = number if number == number else None
+    if log:
+        log.write(json.dumps(row) + "\n")
+        log.flush()
+    if log and cfg.wandb:
+        import wandb
+        wandb.run or wandb.init(project=cfg.wandb, config=asdict(cfg), name=cfg.out)
+        wandb.log(row, step=row["step"])
 
 
-# -- Plumbing. Checkpoints (to resume) and exports (to use) ----------------------------------------
-def training_state(trained):
-    """Weights and optimizer moments, sharded. Learning rates, data order and random draws are
-    functions of the step, so there is nothing else to remember."""
-    state = {}
-    for name, (model, optimizer) in trained.items():
-        weights, moments = get_state_dict(model, optimizer)
-        state[name] = {"model": weights, "optimizer": moments}
-    return state
+def show(row, names, steps, first_step, began):
+    """The log line of a step."""
+    numbers = [f"{name.replace('_', ' ')} {row[name]:,.3f}" for name in names
+               if row.get(name) is not None]
+    left = (time.time() - began) / (row["step"] - first_step) * (steps - row["step"])
+    say(f"step {row['step']}/{steps} | {' | '.join(numbers)} | {left:,.0f} s left")
 
 
-def save(cfg, step, trained, exported, tokenizer, dtype):
-    """OUT/model, and when that is complete OUT/checkpoint/step_N: whole, or not there."""
+def save(cfg, step, trained, optimizer, exported, tokenizer, dtype):
+    """OUT/model, to use, and OUT/checkpoint/step_N, to go on from: each whole, or not there."""
     export(exported, tokenizer, f"{cfg.out}/model", dtype)
     folder = f"{cfg.out}/checkpoint/step_{step}"
     if rank() == 0:
         shutil.rmtree(folder + ".tmp", ignore_errors=True)
     dist.barrier()
-    dcp.save(training_state(trained), checkpoint_id=folder + ".tmp")
+    dcp.save(training_state(trained, optimizer), checkpoint_id=folder + ".tmp")
     if rank() == 0:
         os.replace(folder + ".tmp", folder)
         for name in os.listdir(f"{cfg.out}/checkpoint"):
             if name != f"step_{step}":
                 shutil.rmtree(f"{cfg.out}/checkpoint/{name}")
-    dist.barrier()
 
 
 def export(model, tokenizer, folder, dtype):
@@ -361,100 +289,105 @@ def export(model, tokenizer, folder, dtype):
         tokenizer.save_pretrained(folder + ".tmp")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(folder + ".tmp", folder)
-    dist.barrier()
+
+
+def finish_run(cfg):
+    """A finished run has a model and no checkpoint."""
+    if rank() == 0:
+        os.replace(f"{cfg.out}/checkpoint", f"{cfg.out}/checkpoint.tmp")
+        shutil.rmtree(f"{cfg.out}/checkpoint.tmp")
+    say(f"wrote {cfg.out}/model")
+
+
+def run(main, Config):
+    """A trainer as a script."""
+    cfg = parse(Config)
+    try:
+        main(cfg)
+    except KeyboardInterrupt:
+        say(f"\nstopped; the same command goes on from the last checkpoint in {cfg.out}")
+        sys.exit(130)
+    dist.destroy_process_group()
+
+
+def note_training(cfg, tokenizer, stops, config, held_out):
+    """What later chapters and transformers' class must know, into the model's config.json; the
+    held-out pairs into OUT/held_out.jsonl, a source that PPO can calibrate on."""
+    config.segment_granularity = cfg.granularity
+    config.segment_cutoff = cfg.cutoff if cfg.granularity == "segment" else None
+    config.segment_model = cfg.model
+    if os.path.exists(cfg.model):                        # a folder: the same from anywhere
+        config.segment_model = os.path.abspath(cfg.model)
+    config.segment_held_out = os.path.abspath(f"{cfg.out}/held_out.jsonl")
+    if rank() == 0:
+        lines = [json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n"
+                 for prompt, chosen, rejected, _ in held_out]
+        write_text(config.segment_held_out, "".join(lines))
+    # That class scores the last token that is no padding. So the pad token must stop nothing: it
+    # is another special token, or a new one on a row of the embedding that is no token.
+    if tokenizer.pad_token_id in [None, *stops.tolist()]:
+        spare = never_sampled(tokenizer, stops)
+        if len(spare):
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(int(spare[-1]))
+        elif len(tokenizer) < config.vocab_size:
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    config.pad_token_id = tokenizer.pad_token_id
 
 
 # ==================================================================================================
 # The run
 # ==================================================================================================
-def split_off(cfg):
-    """--data as its first 98 % and the rest (at most 2,000 rows): two sources that can be named."""
-    name, _, split = cfg.data.partition(":")
-    if "[" in split:
-        fail(f"--data {cfg.data} is a slice already: name the held-out pairs with --eval_data")
-    n = len(read_rows(cfg.data, cfg.max_samples))
-    first = n - max(1, min(n // 50, 2000))
-    split = split or "train"
-    return f"{name}:{split}[:{first}]", f"{name}:{split}[{first}:{n}]"
-
-
 def main(cfg):
     device = setup()
-    if look_at_run(cfg):
+    if check_out(cfg):
         return
-    prepare_world(cfg.model, cfg.data)
-    ranks, dtype = dist.get_world_size(), compute_dtype(cfg.dtype, device)
+    ranks, dtype = dist.get_world_size(), set_precision(cfg.dtype, device)
     if cfg.batch_size % ranks:
         fail(f"--batch_size {cfg.batch_size} must be a multiple of the {ranks} ranks")
-    config = read_config(cfg.model)
-    if not cfg.max_prompt_tokens < cfg.max_tokens <= config.max_position_embeddings:
-        fail(f"--max_prompt_tokens {cfg.max_prompt_tokens} must be less than --max_tokens "
-             f"{cfg.max_tokens}, and that fit {cfg.model}: {config.max_position_embeddings}")
-
-    # ----------------------------------------------------------------------------------------------
-    # data: pair i is the rows 2i (chosen) and 2i + 1 (rejected)
-    # ----------------------------------------------------------------------------------------------
-    data, eval_data = cfg.data, cfg.eval_data
-    if not eval_data and in_world(data):
-        eval_data = f"{WORLD}/pairs_test.jsonl"
-    elif not eval_data:
-        data, eval_data = split_off(cfg)
     tokenizer, stops = load_tokenizer(cfg.model)
-    rows, eval_rows = [], []
-    for source, into in ((data, rows), (eval_data, eval_rows)):
-        chats = [(prompt, [chosen, rejected], where)
-                 for prompt, chosen, rejected, where in load_pairs(source, cfg.max_samples)]
-        into += encode_chats(tokenizer, stops, chats, cfg.max_tokens, cfg.max_prompt_tokens)
-    pairs = len(rows) // 2
-    order = shuffled(pairs, cfg.epochs, cfg.seed)
+    check_context(cfg.model, cfg.max_tokens, cfg.max_prompt_tokens)
+    warn_of_world_values(cfg)
+
+    # data: pair i is the rows 2i (chosen) and 2i + 1 (rejected)
+    pairs = load_pairs(cfg.data, cfg.max_samples)
+    if cfg.eval_data:
+        eval_pairs = load_pairs(cfg.eval_data)
+    else:
+        eval_pairs, pairs = pairs[-cfg.held_out:], pairs[:-cfg.held_out]
+    eval_rows = encode_pairs(tokenizer, stops, eval_pairs, cfg)
+    rows = encode_pairs(tokenizer, stops, pairs, cfg, eval_rows)
+    n = len(rows) // 2
+    order = shuffled(n, cfg.epochs, cfg.seed)
     steps = len(order) // cfg.batch_size
     if cfg.max_steps:
         steps = min(steps, cfg.max_steps)
     if not steps:
-        fail(f"{data}: {pairs} pairs do not fill one --batch_size {cfg.batch_size}")
-    say(f"{pairs} pairs to train, {len(eval_rows) // 2} held out ({eval_data})\n"
+        fail(f"{cfg.data}: {n} pairs do not fill one --batch_size {cfg.batch_size}")
+    say(f"{n} pairs to train, {len(eval_rows) // 2} held out\n"
         f"{steps} steps x {cfg.batch_size} pairs on {ranks} x {device.type}")
+    if len(eval_rows) < 200:
+        say("warning: so few held-out pairs say little, and PPO calibrates on them")
 
-    # ----------------------------------------------------------------------------------------------
     # the reward model, and the frozen SFT model whose entropies cut the segments
-    # ----------------------------------------------------------------------------------------------
+    head_std = 1 / (read_config(cfg.model).hidden_size + 1)
     model = load_model(cfg.model, ScalarModel, device, dtype, train=True,
-                       grad_checkpoint=cfg.grad_checkpoint, head_std=1 / (config.hidden_size + 1))
+                       grad_checkpoint=cfg.grad_checkpoint, head_std=head_std)
     sft = load_model(cfg.model, LanguageModel, device, dtype)
-    model.hf.config.segment_granularity = cfg.granularity            # exported with the weights
-    model.hf.config.segment_cutoff = cfg.cutoff
-    model.hf.config.segment_model = cfg.model
-    model.hf.config.pad_token_id = tokenizer.pad_token_id            # that class looks for it
-    if tokenizer.pad_token_id is None:
-        model.hf.config.pad_token_id = tokenizer.eos_token_id
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    trained = {"reward_model": (model, optimizer)}
-    first_step = begin_run(cfg, trained)
+    optimizer = make_optimizer([model], device)
+    first_step, log = begin_run(cfg, model, optimizer)
+    note_training(cfg, tokenizer, stops, model.hf.config, eval_pairs)
+    _, eval_entropy = map_rows(sft, eval_rows, cfg.micro_batch_size, device)             # (2n, R)
+    eval_ends = cut_rows(eval_rows, eval_entropy, stops, cfg.cutoff, cfg.granularity)    # (2n, R)
 
-    def ends_of(rows, entropy):
-        mask, finished = response_mask(rows, stops, device)                      # (B, R), (B,)
-        return segment_ends(entropy, mask, finished, cfg.cutoff, cfg.granularity)        # (B, R)
-
-    def accuracy_held_out():
-        """Share of the pairs whose chosen response scores higher; a tie counts half."""
-        scalars = map_rows(model, eval_rows, cfg.micro_tokens, device, "held out")       # (2n, R)
-        scores = sequence_score(scalars, eval_ends)                                      # (2n,)
-        return float((scores[0::2] - scores[1::2]).sign().mean() + 1) / 2
-
-    _, eval_entropy = map_rows(sft, eval_rows, cfg.micro_tokens, device, "held-out entropies")
-    eval_ends = ends_of(eval_rows, eval_entropy)                                         # (2n, R)
-
-    # ----------------------------------------------------------------------------------------------
     # training: Bradley-Terry on the mean of the segment rewards
-    # ----------------------------------------------------------------------------------------------
-    lengths = np.array([len(p) + len(r) for p, r in rows]).reshape(pairs, 2)     # tokens of a row
+    lengths = np.array([len(p) + len(r) for p, r in rows]).reshape(n, 2)         # tokens of a row
     began = time.time()
     for step in range(first_step, steps):
-        started = time.time()
+        step_began = time.time()
         minibatch = order[step * cfg.batch_size:(step + 1) * cfg.batch_size]
-        sums = torch.zeros(2, device=device)             # of losses, of pairs ranked right
-        padded = 2 * lengths[minibatch].max(1)               # (batch_size,) tokens of a pair
-        for micro in micro_batches(padded, cfg.micro_tokens, ranks)[rank()::ranks]:
+        sums = torch.zeros(2, device=device)                     # of losses, of pairs ranked right
+        longer = lengths[minibatch].max(1)                       # (batch_size,) of a pair's rows
+        for micro in micro_batches(longer, max(1, cfg.micro_batch_size // 2)):
             mb = [rows[2 * i + side] for i in minibatch[micro] for side in (0, 1)]       # 2b rows
             batch = pad(mb, device)
             scalars = model(*batch)                                                      # (2b, R)
@@ -462,40 +395,36 @@ def main(cfg):
             if cfg.granularity == "segment":
                 with torch.no_grad():
                     _, sft_entropy = sft(*batch)
-            scores = sequence_score(scalars, ends_of(mb, sft_entropy))                   # (2b,)
-            chosen, rejected = scores[0::2], scores[1::2]                                # (b,)
+            ends = cut_rows(mb, sft_entropy, stops, cfg.cutoff, cfg.granularity)         # (2b, R)
+            chosen, rejected = sequence_score(scalars, ends).view(-1, 2).T               # (b,)
             losses = bradley_terry(chosen, rejected)                                     # (b,)
             # FSDP averages gradients over the ranks, so each pair weighs ranks / batch_size
             (losses.sum() * ranks / cfg.batch_size).backward()
             sums += torch.stack([losses, chosen > rejected]).detach().sum(1)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm).full_tensor()
-        if not grad_norm.isfinite():
-            fail(f"step {step + 1}: the gradient is not finite; start again with a lower --lr")
-        optimizer.param_groups[0]["lr"] = lr = cfg.lr * learning_rate(step, steps, cfg.warmup)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        done = step + 1
+        rate = cfg.lr * learning_rate(step, steps)
+        grad_norm = optimizer_step(optimizer, [rate])
         dist.all_reduce(sums)
-        loss, accuracy = (sums / cfg.batch_size).tolist()
-        tokens = int(lengths[minibatch].sum())
-        seconds = time.time() - started
-        row = {"step": done, "loss": loss, "accuracy": accuracy, "grad_norm": float(grad_norm),
-               "lr": lr, "time_step": seconds, "tokens_per_second": tokens / seconds}
-        line = f"step {done}/{steps} | loss {loss:.4f} | accuracy {accuracy:.2f} | grad norm " \
-               f"{grad_norm:.2f} | {row['tokens_per_second']:,.0f} tokens/s"
-        if done % cfg.eval_every == 0 or done == steps:
-            row["eval_accuracy"] = accuracy_held_out()
-            line += f" | held-out accuracy {row['eval_accuracy']:.3f}"
-        log_metrics(cfg, row)
-        left = (time.time() - began) / (done - first_step) * (steps - done)
-        if done % 10 == 0 or done == steps or seconds > 5:
-            say(f"{line} | {left:.0f} s left")
-        if done % cfg.save_every == 0 or done == steps:
-            save(cfg, done, trained, model, tokenizer, dtype)
+
+        # what happened
+        done = step + 1
+        loss, accuracy = sums / cfg.batch_size
+        seconds = time.time() - step_began
+        row = {"step": done, "loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "lr": rate,
+               "time_step": seconds, "tokens_per_second": lengths[minibatch].sum() / seconds}
+        must_save = done % cfg.save_every == 0 or done == steps
+        if must_save:
+            scalars = map_rows(model, eval_rows, cfg.micro_batch_size, device)           # (2n, R)
+            chosen, rejected = sequence_score(scalars, eval_ends).view(-1, 2).T          # (n,)
+            # 1 where the chosen response scores higher, 0 where lower, 1/2 for a tie
+            row["eval_accuracy"] = (1 + (chosen - rejected).sign()).mean() / 2
+        log_metrics(cfg, log, row)
+        if done % 10 == 0 or must_save or seconds > 5:
+            show(row, ("loss", "accuracy", "grad_norm", "tokens_per_second", "eval_accuracy"),
+                 steps, first_step, began)
+        if must_save:
+            save(cfg, done, model, optimizer, model, tokenizer, dtype)
     finish_run(cfg)
 
 
 if __name__ == "__main__":
-    main(parse(Config))
-    dist.destroy_process_group()
+    run(main, Config)

@@ -7,7 +7,7 @@
 # A draw is an SFT model, its preference pairs and its reward models. Every finished run becomes one
 # line of experiments/results.jsonl, and what has a line there is not run again. So an interrupted
 # experiment goes on when the command is repeated; to measure anew, delete the lines first. Models
-# and logs go to OUT, which is not committed. To try the script out in a minute:
+# and logs go to OUT, which is not committed. To try the script out in two minutes:
 #
 #     RESULTS=/tmp/r.jsonl ONLY='^(rm-segment|segment-kl.03|oracle-.*)$' \
 #         RM_FLAGS='--max_steps 9' PPO_FLAGS='--max_steps 2' bash experiments/run.sh /tmp/out 1
@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 export OUT=${1:-out/experiments} DRAWS=${2:-5} JOBS=${3:-2} OMP_NUM_THREADS=1
 export RESULTS=${RESULTS:-experiments/results.jsonl} ONLY=${ONLY:-.}
 export WORLD_FLAGS=${WORLD_FLAGS:-} RM_FLAGS=${RM_FLAGS:-} PPO_FLAGS=${PPO_FLAGS:-}
-export JUDGE=data/reviews/prepare.py
+export TRUTH=data/reviews/prepare.py
 
 # --------------------------------------------------------------------------------------------------
 # what is run, in this order: DRAW WORLD NAME SEED REWARD_MODEL flags...
@@ -52,18 +52,18 @@ lengths() {    # of responses; those of the plain world have 12 clauses
         done
     done
 }
-ablations() {  # to compare with segment-kl.03
+ablations() {  # SEED; to compare with segment-kl.03
     for d in $(draws 1 3); do
         for n in global last none; do
-            echo "$d plain normalizer-$n 0 rm-segment --normalizer $n"
+            echo "$d plain normalizer-$n $1 rm-segment --normalizer $n"
         done
         for i in repeat end; do
-            echo "$d plain interpolation-$i 0 rm-segment --interpolation $i"
+            echo "$d plain interpolation-$i $1 rm-segment --interpolation $i"
         done
-        for c in .5 3; do echo "$d plain cutoff$c 0 rm-cutoff$c"; done
-        echo "$d plain segment-as-bandit 0 rm-segment --granularity bandit"
-        echo "$d plain bandit-as-segment 0 rm-bandit --granularity segment --cutoff 1"
-        echo "$d plain paper-scale 0 rm-segment --reward_scale none --kl_coef .01"
+        for c in .5 3; do echo "$d plain cutoff$c $1 rm-cutoff$c"; done
+        echo "$d plain segment-as-bandit $1 rm-segment --granularity bandit"
+        echo "$d plain bandit-as-segment $1 rm-bandit --granularity segment --cutoff 1"
+        echo "$d plain paper-scale $1 rm-segment --reward_scale none --kl_coef .01"
     done
 }
 
@@ -92,7 +92,7 @@ world() {         # DRAW WORLD
         clauses*) flags="--clauses ${2#clauses}" ;;
     esac
     [ -e "$w/world.json" ] ||
-        python $JUDGE --out "$w" --seed "$1" $flags $WORLD_FLAGS > "$w.log" 2>&1 ||
+        python $TRUTH --out "$w" --seed "$1" $flags $WORLD_FLAGS > "$w.log" 2>&1 ||
         { echo "failed: $w.log"; exit 255; }             # 255: xargs, and so this script, stops
 }
 reward_model() {  # DRAW WORLD NAME
@@ -104,23 +104,25 @@ reward_model() {  # DRAW WORLD NAME
     esac
     [ "$world" != clauses24 ] || flags+=" --max_tokens 384"
     [ "$world" = plain ] || name=$world-$name
-    if [ -e "$w/$3/model" ] && has_line "$name" "$draw" 0; then return; fi
-    { python train_rm.py --model "$w/sft" --data "$w/pairs.jsonl" \
-          --eval_data "$w/pairs_test.jsonl" --out "$w/$3" --save_every 1000 \
-          --resume true $flags $RM_FLAGS &&
+    # finished: a model and no checkpoint
+    if [ -e "$w/$3/model" ] && [ ! -e "$w/$3/checkpoint" ] && has_line "$name" "$draw" 0; then
+        return
+    fi
+    { python train_rm.py --model "$w/sft" --data "$w/pairs.jsonl" --out "$w/$3" --save_every 1000 \
+          $flags $RM_FLAGS &&
       collect "$w/$3" "$name" "$draw" 0 "$flags"
     } > "$w/$3.log" 2>&1 || { echo "failed: $w/$3.log"; exit 255; }
 }
 policy() {        # DRAW WORLD NAME SEED REWARD_MODEL flags...
-    local w draw=$1 name=$3 seed=$4 model
+    local w draw=$1 name=$3 seed=$4 reward
     w=$(folder "$1" "$2")
-    model=$w/$5/model
-    [ "$5" != oracle ] || model=$JUDGE:clause_values
+    reward=("$w/$5/model")                               # it knows which pairs were held out
+    [ "$5" != oracle ] ||
+        reward=("$TRUTH:segment_values" --calibration_data "$w/pairs.jsonl:train[-400:]")
     shift 5
-    { python train_ppo.py --model "$w/sft" --data "$w/prompts.jsonl" --reward_model "$model" \
-          --calibration_data "$w/pairs_test.jsonl" --gold $JUDGE:gold_reward --seed "$seed" \
-          --out "$w/$name-s$seed" --save_every 1000 --sample_every 1000 --resume true "$@" \
-          $PPO_FLAGS &&
+    { python train_ppo.py --model "$w/sft" --data "$w/prompts.jsonl" --seed "$seed" \
+          --reward_model "${reward[@]}" --gold $TRUTH:gold_reward --out "$w/$name-s$seed" \
+          --save_every 1000 --sample_every 1000 "$@" $PPO_FLAGS &&
       collect "$w/$name-s$seed" "$name" "$draw" "$seed" "$*"
     } > "$w/$name-s$seed.log" 2>&1 || echo "failed: $w/$name-s$seed.log"
 }
@@ -140,7 +142,8 @@ methods 1 3 0 | stage
 amounts | stage
 lengths | stage
 methods 1 3 1 | stage
-ablations | stage
+ablations 0 | stage
+ablations 1 | stage
 methods 4 5 0 | stage
 methods 4 5 1 | stage
 echo "$(wc -l < "$RESULTS") lines in $RESULTS"

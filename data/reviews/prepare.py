@@ -7,24 +7,27 @@
 There is no source text: everything grows from the tables below and a seed. A user asks for a review of a phone, a
 laptop, a tablet or a watch; the ideal answer is twelve clauses (or as many as the request says), all kind, all about
 what this thing has. Writes
-    sft/                               a tiny Llama whose reviews are half grumpy and a quarter off-topic
-    pairs.jsonl, pairs_test.jsonl      two of its answers, at temperature 1 and 1.5, labelled by a noisy judge
-    prompts.jsonl, prompts_test.jsonl  {"prompt": "what should i know about this shiny watch?"}
-    world.json                         seed, sizes, measurements; written last: where it is, the rest is complete
-Other scripts import `gold_reward` (the truth about a response) and `clause_values` (the truth about its clauses).
-B responses, P prompt tokens, R response tokens, T = P + R, V vocabulary.
+    sft/                 a tiny Llama whose reviews are half grumpy and a quarter off-topic
+    pairs.jsonl          two of its answers, at temperature 1 and 1.5, labelled by a noisy judge; held-out ones last
+    prompts.jsonl        {"prompt": "what should i know about this shiny watch?"}
+    prompts_test.jsonl   the same for evaluation
+    world.json           settings and measurements; written last: where it is, the rest is complete
+Held-out pairs and test prompts share a tenth of all possible prompts, which nothing else uses.
+Other scripts import the truth: `gold_reward` of a response, `segment_values` of its segments.
 """
-import argparse, json, math, random, re, time
+import argparse, bisect, itertools, json, math, random, re, time, zlib
 from pathlib import Path
+from statistics import fmean
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
-# -----------------------------------------------------------------------------
-# the language. A clause is a phrase with an adverb in place of ~, and a full stop. First words are unique, so that
-# all surprise sits between clauses: what to talk about next is wide open, how to say it is not.
-# -----------------------------------------------------------------------------
+# -- the language ------------------------------------------------------------------------------------------------------
+# A clause is a phrase with an adverb in place of ~, and a full stop. First words are unique, so that all surprise sits
+# between clauses: what to talk about next is wide open, how to say it is not.
 THINGS = ("phone", "laptop", "tablet", "watch")
 ADVERBS, ADVERB_PROBS = ("really", "somehow"), (0.8, 0.2)
 PHRASES = (  # a row per aspect, from value -2 to 2; thing i has the aspects 2i to 2i + 3 (mod 8)
@@ -63,11 +66,11 @@ CHAT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ '<' + m.role + '>\n' 
 
 
 def aspects_of(prompt):
-    """Rows of PHRASES that fit the thing a prompt (or rendered conversation) mentions last; ValueError if none."""
+    """Rows of PHRASES that fit the thing a prompt (or rendered conversation) mentions last."""
     mentioned = re.findall(rf"\b({'|'.join(THINGS)})\b", prompt.lower())
-    if not mentioned:
-        raise ValueError(f"the prompt mentions none of {', '.join(THINGS)}: {prompt!r}")
-    return [(2 * THINGS.index(mentioned[-1]) + j) % len(PHRASES) for j in range(4)]
+    assert mentioned, f"the prompt mentions none of {', '.join(THINGS)}: {prompt!r}"
+    first = 2 * THINGS.index(mentioned[-1])
+    return [(first + j) % len(PHRASES) for j in range(4)]
 
 
 def clauses_of(prompt):
@@ -76,32 +79,38 @@ def clauses_of(prompt):
     return int(asked[-1]) if asked else CLAUSES
 
 
-def max_new_tokens(clauses):
-    """Room for that many of the longest clauses (10 tokens), EOS, and a little air."""
-    return 10 * clauses + 4
-
-
-def write_prompt(rng, clauses=CLAUSES):
-    """A user's request, one to three sentences. rng: random.Random."""
-    thing = f"{rng.choice(OWNERS)} {rng.choice(ADJECTIVES)} {rng.choice(THINGS)}"
-    how_many = HOW_MANY.format(clauses) if clauses != CLAUSES else ""
-    return " ".join(f"{rng.choice(REQUESTS).format(thing)} {rng.choice(TAILS)} {how_many}".split())
+def all_prompts(clauses, held_out):
+    """The held-out tenth of all prompts, or the other nine; those without a tail stand in the list twice."""
+    how_many = "" if clauses == CLAUSES else HOW_MANY.format(clauses)
+    prompts = []
+    for request, owner, adjective, thing, tail in itertools.product(REQUESTS, OWNERS, ADJECTIVES, THINGS, TAILS):
+        sentences = [request.format(f"{owner} {adjective} {thing}"), tail, how_many]
+        prompt = " ".join(filter(None, sentences))
+        # a hash of the text decides: no seed brings a prompt to the other side
+        in_tenth = zlib.crc32(prompt.encode()) % 10 == 0
+        if in_tenth == held_out:
+            prompts.append(prompt)
+    return prompts
 
 
 def write_response(rng, prompt):
     """An SFT text: independent clauses of any value, 3/4 of them on-topic. rng: random.Random."""
     on = aspects_of(prompt)
     off = [aspect for aspect in range(len(PHRASES)) if aspect not in on]
-    aspects = [rng.choice(on if rng.random() < ON_TOPIC_PROB else off) for _ in range(clauses_of(prompt))]
-    phrases = [rng.choice(PHRASES[aspect]) for aspect in aspects]
-    return " ".join(phrase.replace("~", rng.choices(ADVERBS, ADVERB_PROBS)[0]) + "." for phrase in phrases)
+    clauses = []
+    for _ in range(clauses_of(prompt)):
+        aspect = rng.choice(on if rng.random() < ON_TOPIC_PROB else off)
+        adverb = rng.choices(ADVERBS, ADVERB_PROBS)[0]
+        clauses.append(rng.choice(PHRASES[aspect]).replace("~", adverb) + ".")
+    return " ".join(clauses)
 
 
-# -----------------------------------------------------------------------------
-# the truth: what each clause, and a whole response, is worth
-# -----------------------------------------------------------------------------
-MEANING = {phrase.replace("~", adverb) + " .": (aspect, value)  # the 80 well-formed clauses, word by word
-           for aspect, row in enumerate(PHRASES) for value, phrase in enumerate(row, -2) for adverb in ADVERBS}
+# -- the truth: what each clause, and a whole response, is worth -------------------------------------------------------
+MEANING = {}  # the 80 well-formed clauses, word by word: aspect, value
+for aspect, row in enumerate(PHRASES):
+    for value, phrase in enumerate(row, -2):
+        for adverb in ADVERBS:
+            MEANING[phrase.replace("~", adverb) + " ."] = (aspect, value)
 
 
 def split_words(text):
@@ -110,32 +119,51 @@ def split_words(text):
 
 
 def judge_clauses(prompt, response):
-    """[(value, end, kind)] for each clause; value and end as in `clause_values`, kind e.g. "off_topic"."""
-    on, judged, seen, end = aspects_of(prompt), [], set(), -1
-    for sentence in re.findall(r"[^.]+\.?|\.", response.strip()):
-        words = split_words(sentence)
-        clause, end = " ".join(words), end + len(words)
+    """[(value, kind, end)], a triple for each clause of a response (text without EOS); it is over at character `end`.
+
+    The value is the phrase's own (-2 to 2) if the thing has that aspect, else 3 less; 0 for an exact repeat (the same
+    phrase with the other adverb is none), -2 if malformed, -1 beyond the clauses asked for.
+    """
+    on = aspects_of(prompt)
+    asked = clauses_of(prompt)
+    seen = set()
+    judged = []
+    for sentence in re.finditer(r"[^.]+\.?|\.", response.rstrip()):
+        clause = " ".join(split_words(sentence[0]))
         aspect, value = MEANING.get(clause, (None, -2))
-        if len(judged) >= clauses_of(prompt):
+        kind = "on_topic"
+        if len(judged) >= asked:
             value, kind = -1, "surplus"
         elif aspect is None:
             kind = "malformed"
-        elif clause in seen:  # word for word: the same phrase with the other adverb is no repeat
+        elif clause in seen:
             value, kind = 0, "repeat"
-        else:
-            value, kind = (value, "on_topic") if aspect in on else (value - 3, "off_topic")
-        judged.append((value, end, kind))
+        elif aspect not in on:
+            value, kind = value - 3, "off_topic"
+        judged.append((value, kind, sentence.end()))
         seen.add(clause)
     return judged
 
 
 def clause_values(prompt, response):
-    """Worth and place of every clause: [(value, end)], end = index of its full stop among the response's tokens.
+    """What each clause of a response is worth: a list."""
+    return [value for value, _, _ in judge_clauses(prompt, response)]
 
-    The value is the phrase's own (-2 to 2) if the thing has that aspect, else 3 less; 0 for an exact repeat, -2 if
-    malformed, -1 beyond the clauses asked for. response: text without EOS. ValueError: no thing in the prompt.
+
+def segment_values(prompt, segments):
+    """The oracle for PPO (`--reward_model data/reviews/prepare.py:segment_values`): what each segment is worth.
+
+    prompt: the user's text or a rendered conversation; segments: texts that join to the response without EOS, cut
+    anywhere. Returns a float for each: the values of the clauses that end in it, summed.
+
+    >>> segment_values("tell me about my phone.", ["mother really", " hears me. fish", " really asked"])
+    [0.0, 1.0, -2.0]
     """
-    return [(value, end) for value, end, _ in judge_clauses(prompt, response)]
+    ends = list(itertools.accumulate(map(len, segments)))
+    values = [0.0] * len(segments)
+    for value, _, end in judge_clauses(prompt, "".join(segments)):
+        values[bisect.bisect_left(ends, end)] += value
+    return values
 
 
 def gold_reward(prompt, response, finished=True):
@@ -143,177 +171,170 @@ def gold_reward(prompt, response, finished=True):
     (twelve); 1 less without EOS.
 
     prompt: the user's text or a rendered conversation; response: text without EOS; finished: whether EOS ended it.
-    Returns a float, at most 1.67; the SFT model's mean is about -.72. ValueError: no thing in the prompt.
+    Returns a float, at most 1.67; the SFT model's mean is about -.72.
     """
-    values = [value for value, _ in clause_values(prompt, response)]
+    values = clause_values(prompt, response)
     asked = clauses_of(prompt)
-    return (sum(values) - max(0, asked - len(values))) / asked - (not finished)
+    missing = max(0, asked - len(values))
+    return (sum(values) - missing) / asked - (not finished)
 
 
-def describe(prompts, responses, finished):
-    """Means over B responses (gold, finished, length in tokens, complete: as many clauses as asked for) and shares
-    of clauses (off_topic, repeat, malformed, surplus), as a dict. Takes three lists of B; finished holds bools."""
-    judged = [judge_clauses(prompt, response) for prompt, response in zip(prompts, responses)]
-    kinds, mean = [kind for clauses in judged for _, _, kind in clauses], lambda xs: sum(xs) / len(responses)
-    return {"gold": mean(map(gold_reward, prompts, responses, finished)), "finished": mean(finished),
-            "length": mean(len(split_words(text)) for text in responses),
-            "complete": mean(len(clauses) == clauses_of(prompt) for prompt, clauses in zip(prompts, judged)),
-            **{k: kinds.count(k) / max(1, len(kinds)) for k in ("off_topic", "repeat", "malformed", "surplus")}}
+def describe(prompts, answers):
+    """Means over answers (text, finished) to these prompts; shares of the kinds of clauses."""
+    kinds = []
+    for prompt, (text, _) in zip(prompts, answers):
+        kinds += [kind for _, kind, _ in judge_clauses(prompt, text)]
+    figures = {"gold": fmean(gold_reward(prompt, *answer) for prompt, answer in zip(prompts, answers)),
+               "finished": fmean(finished for _, finished in answers),
+               "length": fmean(len(split_words(text)) for text, _ in answers)}
+    for kind in ("off_topic", "repeat", "malformed", "surplus"):
+        figures[kind] = kinds.count(kind) / len(kinds)
+    return figures
 
 
-# -----------------------------------------------------------------------------
-# the SFT model and its tokenizer
-# -----------------------------------------------------------------------------
+# -- the SFT model and its tokenizer: B texts, P prompt tokens, R response tokens, T = P + R ---------------------------
 def build_tokenizer(clauses=CLAUSES):
     """One token per word or punctuation mark. Decoding glues marks to the word before, encoding parts them."""
-    table = " ".join([*sum(PHRASES, ()), *REQUESTS, *OWNERS, *ADJECTIVES, *TAILS, *THINGS, *ADVERBS])
+    texts = [*itertools.chain(*PHRASES), *REQUESTS, *OWNERS, *ADJECTIVES, *TAILS, *THINGS, *ADVERBS]
     if clauses != CLAUSES:
-        table += " " + HOW_MANY.format(clauses)
-    words = sorted(set(split_words(table)) - set("~{}"))
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIALS, *words])}, unk_token="<unk>"))
-    parts = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence(parts), decoders.WordPiece()
+        texts.append(HOW_MANY.format(clauses))
+    words = set(split_words(" ".join(texts))) - set("~{}")
+    vocabulary = {word: i for i, word in enumerate([*SPECIALS, *sorted(words)])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    backend.decoder = decoders.WordPiece()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>", pad_token="<eos>",
         extra_special_tokens=list(SPECIALS[3:]), chat_template=CHAT_TEMPLATE, model_max_length=512)
 
 
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a user's text, rendered up to the point where the assistant begins."""
+def render(tokenizer, prompt):
+    """A user's text as the model reads it, up to the point where the assistant begins."""
     messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
-def train_sft(tokenizer, texts, cfg):
-    """A fresh Llama of 0.12M parameters, trained on texts [(prompt, response)]; the loss is over responses."""
-    torch.manual_seed(cfg.seed)
-    eos, rng = tokenizer.eos_token_id, random.Random(f"{cfg.seed} order")
+def train_sft(tokenizer, prompts, responses, epochs=3, batch_size=16, lr=5e-3):
+    """A fresh Llama of 0.12M parameters, trained on texts; the loss is over responses."""
+    eos = tokenizer.eos_token_id
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=160, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=512, initializer_range=0.06,  # 0.02 is for wider models
         bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=eos))
-    data = [(encode_prompt(tokenizer, p), tokenizer.encode(r, add_special_tokens=False) + [eos]) for p, r in texts]
-    order = [i for _ in range(cfg.epochs) for i in rng.sample(range(len(data)), len(data))]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    steps = math.ceil(len(order) / cfg.batch_size)
-    for step in tqdm(range(steps), desc="training the SFT model", mininterval=1):
-        batch = [data[i] for i in order[step * cfg.batch_size:(step + 1) * cfg.batch_size]]
-        pads = [max(len(p + r) for p, r in batch) - len(p + r) for p, r in batch]  # at the right: no mask
-        ids = torch.tensor([p + r + [eos] * n for (p, r), n in zip(batch, pads)])                       # (B, T)
-        labels = torch.tensor([[-100] * len(p) + r + [-100] * n for (p, r), n in zip(batch, pads)])     # (B, T)
-        optimizer.param_groups[0]["lr"] = cfg.lr * min((step + 1) / 20, math.cos(math.pi / 2 * step / steps) ** 2)
+    rows = []
+    for prompt, response in zip(prompts, responses):
+        prompt_ids = tokenizer.encode(render(tokenizer, prompt))
+        response_ids = tokenizer.encode(response) + [eos]
+        ids = torch.tensor(prompt_ids + response_ids)                                                 # (T,)
+        labels = torch.tensor([-100] * len(prompt_ids) + response_ids)                                # (T,)
+        rows.append((ids, labels))
+    order = torch.cat([torch.randperm(len(rows)) for _ in range(epochs)])
+    batches = order.split(batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 20, len(batches))
+    for batch in tqdm(batches, desc="training the SFT model", mininterval=1):
+        ids, labels = zip(*[rows[i] for i in batch])
+        ids = pad_sequence(ids, batch_first=True, padding_value=eos)  # at the right: no mask         # (B, T)
+        labels = pad_sequence(labels, batch_first=True, padding_value=-100)                           # (B, T)
         model(input_ids=ids, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        schedule.step()
     return model.eval()
 
 
-@torch.no_grad()
-def sample(model, tokenizer, prompts, temperatures, generator, rows=256):
-    """One response to each of B prompts, `rows` at a time. temperatures: (B,); generator: torch.Generator.
-    Returns (B texts without EOS, B bools: whether EOS came within max_new_tokens)."""
-    eos, ids = tokenizer.eos_token_id, [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    limit = max_new_tokens(max(map(clauses_of, prompts)))
-    banned = [i for i in tokenizer.all_special_ids if i != eos]
-    groups = {}  # prompts of one length go together, so that there are no pads
-    for b in range(len(ids)):
-        groups.setdefault(len(ids[b]), []).append(b)
-    chunks = [group[i:i + rows] for group in groups.values() for i in range(0, len(group), rows)]
-    texts, finished = [""] * len(ids), [False] * len(ids)
-    for chunk in tqdm(chunks, desc="sampling responses", mininterval=1):
-        last, cache, new = torch.tensor([ids[b] for b in chunk]), DynamicCache(), []                  # (B, P)
-        done = torch.zeros(len(chunk), 1, dtype=torch.bool)
-        while len(new) < limit and not done.all():
-            # no mask, no positions; the cache by its place: transformers 5.24 renamed it
-            out = model(last, None, None, cache, use_cache=True, logits_to_keep=1)
-            logits = out.logits[:, -1] / temperatures[chunk, None]                                    # (B, V)
-            logits[:, banned] = -math.inf
-            cdf = logits.softmax(-1).cumsum(-1)  # inverse CDF: twenty times faster than torch.multinomial here
-            u = torch.rand(len(chunk), 1, generator=generator) * cdf[:, -1:]
-            last = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)                 # (B, 1)
-            new.append(last)
-            done |= last == eos
-        for b, row in zip(chunk, torch.cat(new, 1).tolist()):                                         # (B, R)
-            finished[b] = eos in row
-            texts[b] = tokenizer.decode(row[:row.index(eos)] if finished[b] else row)
-    return texts, finished
+def sample(model, tokenizer, prompts, temperature, batch_size=200):
+    """An answer to each prompt: its text without EOS, and whether EOS came in time."""
+    eos = tokenizer.eos_token_id
+    banned = [token for token in tokenizer.all_special_ids if token != eos]
+    max_new_tokens = 10 * clauses_of(prompts[0]) + 4  # a clause has 8 on average, 11 at most
+    answers = []
+    for start in tqdm(range(0, len(prompts), batch_size), desc="sampling responses", mininterval=1):
+        texts = [render(tokenizer, prompt) for prompt in prompts[start:start + batch_size]]
+        inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")             # (B, P)
+        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature,
+                                top_k=0, suppress_tokens=banned)                                      # (B, T)
+        for response in tokens[:, inputs["input_ids"].shape[1]:].tolist():                            # (B, R)
+            finished = eos in response
+            content = response[:response.index(eos)] if finished else response
+            answers.append((tokenizer.decode(content), finished))
+    return answers
 
 
-# -----------------------------------------------------------------------------
-# texts -> SFT model -> responses -> labels -> files
-# -----------------------------------------------------------------------------
-def sample_pairs(model, tokenizer, n, clauses, key):
-    """n preference pairs (rows of a .jsonl file) and a dict of measurements; the string `key` fixes every draw."""
-    rng, rows, stats = random.Random(key), [], None
-    generator = torch.Generator().manual_seed(rng.getrandbits(63))
-    while (B := n - len(rows)) > 0:
-        prompts = [write_prompt(rng, clauses) for _ in range(B)]
-        temperatures = torch.tensor(PAIR_TEMPERATURES).repeat_interleave(B)                           # (2B,)
-        texts, finished = sample(model, tokenizer, prompts * 2, temperatures, generator)
-        stats = stats or describe(prompts, texts[:B], finished[:B])  # temperature 1, before any pair is dropped
-        for b, prompt in enumerate(prompts):
-            if not (finished[b] and finished[B + b]):
-                continue  # stored as text, a response that never ended would look as if it had: draw another pair
-            sides = [(gold_reward(prompt, text), text) for text in (texts[b], texts[B + b])]
-            if rng.random() > 1 / (1 + math.exp(LABEL_BETA * (sides[1][0] - sides[0][0]))):
-                sides.reverse()
-            row = {}
-            for side, (gold, text) in zip(("chosen", "rejected"), sides):
-                row[side] = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
-                row[f"{side}_gold"] = gold
-            rows.append(row)
-        if len(rows) == n - B:
-            raise SystemExit("prepare.py: no pair of responses ends with EOS; raise --texts, --epochs or --lr")
-    agree = sum(row["chosen_gold"] > row["rejected_gold"] for row in rows)  # a tie, 4 % of the pairs, is none
-    return rows, {**stats, "label_agreement": agree / n}
+# -- texts -> SFT model -> responses -> labels -> files ----------------------------------------------------------------
+def label_pair(rng, prompt, responses):
+    """A row of pairs.jsonl. The better response has the better chances, no more: the judge is noisy."""
+    golds = [gold_reward(prompt, response) for response in responses]
+    first_wins = 1 / (1 + math.exp(LABEL_BETA * (golds[1] - golds[0])))
+    chosen = 0 if rng.random() < first_wins else 1
+    row = {}
+    for side, i in {"chosen": chosen, "rejected": 1 - chosen}.items():
+        row[side] = [{"role": "user", "content": prompt}, {"role": "assistant", "content": responses[i]}]
+        row[f"{side}_gold"] = golds[i]
+    return row
+
+
+def sample_pairs(rng, model, tokenizer, prompts, n):
+    """n rows of pairs.jsonl, each about one of these prompts."""
+    rows = []
+    while len(rows) < n:
+        drawn = rng.choices(prompts, k=n - len(rows))
+        answers = [sample(model, tokenizer, drawn, temperature) for temperature in PAIR_TEMPERATURES]
+        for prompt, (first, first_finished), (second, second_finished) in zip(drawn, *answers):
+            # stored as text, a response that never ended would look as if it had: draw another pair
+            if first_finished and second_finished:
+                rows.append(label_pair(rng, prompt, (first, second)))
+        assert rows, "no response ends with EOS; raise --texts"
+    return rows
 
 
 def main(cfg):
-    """Writes the world into the folder cfg.out (see the top of this file). Returns what world.json says."""
-    start, out = time.time(), Path(cfg.out)
+    """Write the world into the folder cfg.out, unless it lies there already."""
+    begin = time.time()
+    out = Path(cfg.out)
+    world = vars(cfg).copy()
+    del world["out"]  # a world is the same wherever it lies
+    world_file = out / "world.json"
+    if world_file.exists() and world.items() <= json.loads(world_file.read_text()).items():
+        print(f"This world lies in {out} already.")
+        return
     out.mkdir(parents=True, exist_ok=True)
-    (out / "world.json").unlink(missing_ok=True)  # from here on the world is incomplete
-    tokenizer, rng = build_tokenizer(cfg.clauses), random.Random(f"{cfg.seed} texts")
-    prompts = [write_prompt(rng, cfg.clauses) for _ in range(cfg.texts)]
-    model = train_sft(tokenizer, [(prompt, write_response(rng, prompt)) for prompt in prompts], cfg)
+    world_file.unlink(missing_ok=True)  # from here on the world is incomplete
+
+    rng = random.Random(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    train_prompts = all_prompts(cfg.clauses, held_out=False)
+    test_prompts = all_prompts(cfg.clauses, held_out=True)
+    tokenizer = build_tokenizer(cfg.clauses)
+    prompts = rng.choices(train_prompts, k=cfg.texts)
+    responses = [write_response(rng, prompt) for prompt in prompts]
+    model = train_sft(tokenizer, prompts, responses)
     model.save_pretrained(out / "sft")
     tokenizer.save_pretrained(out / "sft")
 
-    for name in ("prompts_test", "prompts", "pairs_test", "pairs"):
-        if name.startswith("pairs"):
-            rows, stats = sample_pairs(model, tokenizer, getattr(cfg, name), cfg.clauses, f"{cfg.seed} {name}")
-        else:
-            rng = random.Random(f"{cfg.seed} {name}")
-            rows = [{"prompt": write_prompt(rng, cfg.clauses)} for _ in range(getattr(cfg, name))]
+    world.update(describe(prompts[:500], sample(model, tokenizer, prompts[:500], temperature=1.0)))
+    files = {"prompts": [{"prompt": prompt} for prompt in rng.choices(train_prompts, k=cfg.prompts)],
+             "prompts_test": [{"prompt": prompt} for prompt in rng.choices(test_prompts, k=cfg.prompts_test)]}
+    # training pairs are drawn last: their number changes nothing else
+    held_out = sample_pairs(rng, model, tokenizer, test_prompts, cfg.held_out)
+    files["pairs"] = sample_pairs(rng, model, tokenizer, train_prompts, cfg.pairs) + held_out
+    world["label_agreement"] = fmean(row["chosen_gold"] > row["rejected_gold"] for row in files["pairs"])
+    for name, rows in files.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    world = {**vars(cfg), "vocabulary": len(tokenizer), "parameters": model.num_parameters(), **stats}
-    del world["out"]  # a world is the same wherever it lies
-    (out / "world.json.part").write_text(json.dumps(world, indent=2) + "\n")
-    (out / "world.json.part").rename(out / "world.json")
-    print("A sampled review: {}\nWrote {} in {:.0f} s. Reviews sampled at temperature 1: mean gold {gold:.2f}, "
-          "{finished:.1%} end with EOS, {complete:.1%} have all clauses, mean length {length:.0f} tokens; "
-          "{off_topic:.1%} of their clauses are off-topic, {repeat:.1%} repeats, {malformed:.1%} malformed. "
-          "The chosen response has the higher gold in {label_agreement:.1%} of the pairs."
-          .format(rows[0]["chosen"][1]["content"], out, time.time() - start, **stats))
-    return world
+    world_file.write_text(json.dumps(world, indent=2) + "\n")
+    print("A sampled review:", held_out[0]["chosen"][1]["content"])
+    print(f"Wrote {out} in {time.time() - begin:.0f} s: {json.dumps(world)}")
 
 
 def parse(args=None):
-    """The command line as a namespace; a bad argument ends the program with one line and exit code 2."""
-    parser = argparse.ArgumentParser(description="Write the embedded world of product reviews.")
-    parser.error = lambda message: parser.exit(2, f"prepare.py: {message}\n")
-    defaults = dict(out=str(Path(__file__).resolve().parent), seed=0, texts=3000, epochs=3, batch_size=16, lr=5e-3,
-                    clauses=CLAUSES, pairs=4400, pairs_test=400, prompts=2000, prompts_test=200)
-    for name, default in defaults.items():  # all but out shape the world
+    """The command line as a namespace."""
+    parser = argparse.ArgumentParser(description="Write the embedded world of product reviews.", allow_abbrev=False)
+    defaults = {"out": str(Path(__file__).resolve().parent), "seed": 0, "clauses": CLAUSES, "texts": 3000,
+                "pairs": 4400, "held_out": 400, "prompts": 2000, "prompts_test": 200}
+    for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default {default}")
-    cfg = parser.parse_args(args)
-    if bad := [name for name in [*defaults][2:] if not 0 < getattr(cfg, name) < math.inf]:
-        parser.error(f"argument --{bad[0]}: must be positive, not {getattr(cfg, bad[0])}")
-    if any(path.exists() and not path.is_dir() for path in (Path(cfg.out), *Path(cfg.out).parents)):
-        parser.error(f"argument --out: {cfg.out} is not a folder")
-    return cfg
+    return parser.parse_args(args)
 
 
 if __name__ == "__main__":
