@@ -2,8 +2,8 @@
 
     python evaluate.py                                      # the embedded world: PPO against SFT
     python evaluate.py --judge out/rm/model --html --out out/eval-rm     # a page with the pairs
-    torchrun --nproc_per_node=8 evaluate.py --model out/ppo/model --baseline SFT --data prompts.jsonl \\
-        --judge gpt-4.1 --api_base https://api.openai.com/v1
+    torchrun --nproc_per_node=8 evaluate.py --model out/ppo/model --baseline SFT \\
+        --data prompts.jsonl --judge gpt-4.1 --api_base https://api.openai.com/v1
     python evaluate.py --annotations FILES --difficulty FILE --gamed FILE    # figures alone
 
 Both answer the same prompts, a judge prefers one answer of each pair, the preferences become a win
@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -29,8 +30,8 @@ import torch.distributed as dist
 
 from segment import (Dtype, Granularity, LanguageModel, answer_text, check_context, context_of,
                      cut_rows, encode_chats, encode_prompts, fail, load_model, load_prompts,
-                     load_tokenizer, map_rows, parse, prompt_text, rank, read_config, read_rows,
-                     say, segment_texts, sequence_score, set_precision, setup)
+                     load_tokenizer, map_rows, parse, prompt_text, rank, read_rows, say,
+                     segment_texts, sequence_score, set_precision, setup)
 from train_rm import ScalarModel, write_text
 from train_ppo import (banned_tokens, gold_reward, load_function, plain_copy, same_tokens, sample,
                        trained_how)
@@ -71,22 +72,20 @@ def outcomes(preferences):
     NaN; 0 is alpaca_eval's old tie. ValueError outside, or when no preference is left."""
     y = np.array(preferences, dtype=np.float64)
     y = np.where(y == 0, 0.5, y - 1)
-    if ((y < 0) | (y > 1)).any():
-        raise ValueError("a preference lies outside [1, 2]")
-    if np.isnan(y).all():
-        raise ValueError("there is no preference to average")
+    if ((y < 0) | (y > 1)).any() or np.isnan(y).all():
+        raise ValueError("a preference lies outside [1, 2], or there is none")
     return y
 
 
 def standard_error(x):
     """Of the mean of x, (n,), in percent"""
-    return 100 * float(np.std(x, ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else math.nan
+    return 100 * np.std(x, ddof=1) / math.sqrt(len(x))
 
 
 def win_rate(preferences):
     """The mean outcome in percent, its standard error, and counts; a draw is exactly 1.5.
 
-    >>> win_rate([2.0, 2.0, 1.5, 1.0, None])["win_rate"]
+    >>> print(win_rate([2.0, 2.0, 1.5, 1.0, None])["win_rate"])
     62.5
     """
     y = outcomes(preferences)
@@ -95,7 +94,7 @@ def win_rate(preferences):
     losses = int((y < 0.5).sum())
     draws = len(y) - wins - losses
     return {
-        "win_rate": 100 * float(y.mean()),
+        "win_rate": 100 * y.mean(),
         "standard_error": standard_error(y),
         "n_wins": wins,
         "n_wins_base": losses,
@@ -110,12 +109,12 @@ def design(preferences, len_baseline, len_model, difficulty, constant):
     y = outcomes(preferences)
     there = ~np.isnan(y)
     D = np.subtract(len_baseline, len_model, dtype=np.float64)                           # (n,)
-    t = np.zeros(len(D))                                                                 # (n,)
+    t = 0 * D                                                                            # (n,)
     if np.ptp(D[there]) > 0:
         t = np.tanh(D / D[there].std(ddof=1))
     columns = [t, np.full(len(D), constant)]
     if difficulty is not None:
-        columns.insert(1, np.asarray(difficulty, dtype=np.float64))
+        columns.insert(1, difficulty)
     return y[there], np.stack(columns, 1)[there]
 
 
@@ -125,19 +124,17 @@ def sigmoid(z):
 
 def logistic_fit(x, y, weight):
     """Newton's method for y ~ sigmoid(x @ w). x (m, k); y, weight (m,). Returns w (k,), NaN if x
-    separates the outcomes perfectly, for then no w is the best."""
+    separates the outcomes perfectly: then no w is the best, and every step makes it larger."""
     w = np.zeros(x.shape[1])
-    for _ in range(100):
+    for _ in range(30):
         p = sigmoid(x @ w)                                                               # (m,)
         hessian = (x.T * (weight * p * (1 - p))) @ x                                     # (k, k)
         step = np.linalg.lstsq(hessian, x.T @ (weight * (y - p)), rcond=None)[0]
         # a full step can overshoot: at most 3 logits at a time
         w = w + step * min(1, 3 / (1e-9 + np.abs(x @ step).max()))
-        if np.abs(x @ w).max() > 25:
-            return np.full(len(w), math.nan)
         if np.abs(step).max() < 1e-10:
-            break
-    return w
+            return w
+    return w * math.nan
 
 
 def length_controlled_win_rate(preferences, len_baseline, len_model, difficulty=None, gamed=()):
@@ -149,53 +146,55 @@ def length_controlled_win_rate(preferences, len_baseline, len_model, difficulty=
     gamed it is AlpacaEval 2's official figure. The raw win rate where lengths do not vary or one
     outcome is throughout; NaN where length separates the outcomes perfectly.
     """
-    y, x = design(preferences, len_baseline, len_model, difficulty, 1.0)             # (m,), (m, k)
+    y, x = design(preferences, len_baseline, len_model, difficulty, constant=1.0)
+    m = len(y)
+    if not x[:, 0].any() or np.ptp(y) == 0:
+        return {"length_controlled_winrate": 100 * y.mean(), "lc_standard_error": standard_error(y)}
     # The baseline told to be brief, or long, against itself pins down what length alone does. Such
     # rows weigh a tenth and have no intercept: the baseline is no better than itself.
-    parts = [design(*variant, constant=0.0) for variant in gamed or ()]
-    weight = np.ones(len(y) + sum(len(y_gamed) for y_gamed, _ in parts))                 # (M,)
-    weight[len(y):] = 0.1
+    for variant in gamed:
+        more_y, more_x = design(*variant, constant=0.0)
+        y = np.concatenate([y, more_y])                                                  # (M,)
+        x = np.concatenate([x, more_x])                                                  # (M, k)
+    weight = np.where(np.arange(len(y)) < m, 1.0, 0.1)                                   # (M,)
 
-    def rate(rows):
-        """The figure if the pairs were these"""
-        all_x = np.concatenate([x[rows], *[x_gamed for _, x_gamed in parts]])            # (M, k)
-        all_y = np.concatenate([y[rows], *[y_gamed for y_gamed, _ in parts]])            # (M,)
-        w = logistic_fit(all_x, all_y, weight)
-        return 100 * float(sigmoid(x[rows, 1:] @ w[1:]).mean())                          # t = 0
-
-    if not x[:, 0].any() or np.ptp(y) == 0:
-        return {"length_controlled_winrate": 100 * float(y.mean()),
-                "lc_standard_error": standard_error(y)}
-    lc = rate(np.arange(len(y)))
+    figures = []
     random = np.random.default_rng(0)
-    draws = [rate(random.integers(0, len(y), len(y))) for _ in range(0 if math.isnan(lc) else 500)]
-    # resamples that are separated are left out
-    return {"length_controlled_winrate": lc,
-            "lc_standard_error": float(np.nanstd(draws, ddof=1)) if draws else math.nan}
+    pairs = np.arange(m)
+    for _ in range(501):                     # first of the pairs themselves, then of 500 resamples
+        rows = np.append(pairs, np.arange(m, len(y)))                                    # (M,)
+        w = logistic_fit(x[rows], y[rows], weight)
+        figures.append(100 * sigmoid(x[pairs, 1:] @ w[1:]).mean())                       # at t = 0
+        pairs = random.integers(0, m, m)
+    error = math.nan
+    if not math.isnan(figures[0]):
+        error = np.nanstd(figures[1:], ddof=1)           # without resamples that are separated
+    return {"length_controlled_winrate": figures[0], "lc_standard_error": error}
 
 
-# -- Judges: from prompts and both sides' answers to preferences, None where one cannot tell --------
+# -- Judges: from prompts and both sides' answers to preferences, None where one cannot tell -------
 # An answer: {"instruction", "output", "generator", "finished"}; judges that score note it there
-def judge_by_function(cfg, one, two):
+def judge_by_function(cfg, prompts, one, two, device, dtype):
     """The higher score wins."""
     function = load_function(cfg.judge, "--judge")
-    for answer in [*one, *two]:
-        answer["score"] = float(gold_reward(function, answer["instruction"], answer["output"],
-                                            answer["finished"]))
-        if not math.isfinite(answer["score"]):           # NaN would pass for a draw
-            fail(f"--judge {cfg.judge}: gives {answer['score']} for {answer['output'][:60]!r}")
+    for answer in one + two:
+        score = float(gold_reward(function, answer["instruction"], answer["output"],
+                                  answer["finished"]))
+        if not math.isfinite(score):                     # NaN would pass for a draw
+            fail(f"--judge gives {score} for {answer}")
+        answer["score"] = score
     return [1.5 + np.sign(b["score"] - a["score"]) / 2 for a, b in zip(one, two)]
 
 
 def judge_by_reward_model(cfg, prompts, one, two, device, dtype):
     """Bradley-Terry: the policy's answer is better with probability sigmoid(its score - the
-    other's), the scores read as the reward model was trained (chapter 2)."""
+    other's), the scores read as the reward model was trained (chapter 2). All ranks share in it."""
     granularity, cutoff = trained_how(cfg.judge, cfg.trained_granularity, cfg.cutoff)
     tokenizer, stops = load_tokenizer(cfg.judge)
-    answers = [answer for pair in zip(one, two) for answer in pair]                      # 2n
-    chats = [(prompts[i // 2], [answer["output"]], f"answer {i // 2 + 1}")
-             for i, answer in enumerate(answers)]
+    chats = [(prompt, [a["output"], b["output"]], f"the answers to {prompt}")
+             for prompt, a, b in zip(prompts, one, two)]
     rows = encode_chats(tokenizer, stops, chats, context_of(cfg.judge), cfg.max_prompt_tokens)
+    answers = [answer for pair in zip(one, two) for answer in pair]                      # 2n
     for i, (p, r) in enumerate(rows):
         # the template ends every answer, but one that was cut off while it was sampled had no end
         if not answers[i]["finished"] and len(r) > 1 and r[-1] in stops:
@@ -206,101 +205,117 @@ def judge_by_reward_model(cfg, prompts, one, two, device, dtype):
     if granularity == "segment":
         segment_model = getattr(model.hf.config, "segment_model", cfg.baseline)
         if not same_tokens(load_tokenizer(segment_model)[0], tokenizer):
-            fail(f"{segment_model} can't cut the segments of {cfg.judge}: its tokens are others")
+            fail(f"{segment_model} cannot cut the judge's segments: its tokens are others")
         sft = load_model(segment_model, LanguageModel, device, dtype)
         _, entropy = map_rows(sft, rows, cfg.micro_batch_size, device)                   # (2n, R)
-    ends = cut_rows(rows, entropy, stops, cutoff, granularity)                           # (2n, R)
+    ends = cut_rows(rows, entropy, tokenizer, stops, cutoff, granularity)                # (2n, R)
     scores = sequence_score(scalars, ends)                                               # (2n,)
-    for i, answer in enumerate(answers):
-        answer["score"] = float(scores[i])
-        if cfg.html:                                                     # shaded on the page
-            texts = segment_texts(tokenizer, rows[i][1], ends[i, :len(rows[i][1])])
-            answer["segments"] = list(zip(texts, scalars[i, ends[i]].tolist()))
+    for i, (_, r) in enumerate(rows):
+        answers[i]["score"] = scores[i].item()
+        if cfg.html and i < 200:                         # 100 pairs, shaded on the page
+            texts = segment_texts(tokenizer, r, ends[i, :len(r)])
+            answers[i]["segments"] = list(zip(texts, scalars[i, ends[i]].tolist()))
     return (1 + torch.sigmoid(scores[1::2] - scores[0::2])).tolist()
 
 
-QUESTION = """Read a conversation and two replies to it.\n\n<conversation>\n{}\n</conversation>\n
-<reply A>\n{}\n</reply A>\n\n<reply B>\n{}\n</reply B>\n
+QUESTION = """Read a conversation and two replies to it.\n
+<conversation>\n{0[instruction]}\n</conversation>\n
+<reply A>\n{0[output]}\n</reply A>\n\n<reply B>\n{1[output]}\n</reply B>\n
 Which reply would a careful, knowledgeable reader rather have received? Count whether it does what
 was asked, is correct and is honest; do not count that it is longer or stands first. Write one
 letter, A or B, and nothing else."""
 
+# From all that can be said to what every server takes: some refuse log-probs, some any settings
+SETTINGS = [{"temperature": 0, "logprobs": True, "top_logprobs": 5}, {"temperature": 0}, {}]
 
-def judge_by_endpoint(cfg, one, two):
+# A verdict is a line of these words and one letter, at the end or before "is better". Any other
+# word could turn it round: "The worse reply is A", "Reply B is better than reply A".
+VERDICT = re.compile(r"""(?mx) ^ [^\w#\n]*
+    (?: (?: THE | MY | I | SO | THUS | HENCE | THEREFORE | OVERALL | FINAL | BETTER | BEST
+          | PREFERRED | REPLY | RESPONSE | OUTPUT | ANSWER | OPTION | ASSISTANT | LETTER | CHOICE
+          | VERDICT | WINNER | PREFERENCE | DECISION | JUDGMENT | JUDGEMENT | CONCLUSION
+          | BOXED | TEXT
+          | IS | WOULD | RATHER | HAVE | RECEIVED | CHOOSE | PREFER | PICK | SELECT ) \b [^\w\n]* )*
+    \b ([AB]) \b (?: [ ]IS [ ] (?: THE [ ] )? BETTER )? [^\w?:\n]* $""")
+
+
+def judge_by_endpoint(cfg, prompts, one, two, device, dtype):
     """An OpenAI-compatible server, in both orders, for judges lean towards a place. Verdicts go to
     OUT/verdicts.jsonl as they come, and what is there is not asked again. Trouble that stays ends
-    the run with one line."""
+    the run with one line, when the replies that are under way have come: they are paid for."""
+    if rank() > 0:
+        return []
     import openai
     key = os.environ.get("OPENAI_API_KEY") or "none"     # read here, written nowhere
     client = openai.OpenAI(base_url=cfg.api_base, api_key=key, timeout=60, max_retries=6)
-    path, verdicts = Path(cfg.out, "verdicts.jsonl"), {}
-    path.touch()
-    for line in path.read_text().splitlines():
+    first = list(map(QUESTION.format, one, two))         # the policy's answer is B ...
+    then = list(map(QUESTION.format, two, one))          # ... and then A
+    verdicts = {q: 0.5 for q, p in zip(first, then) if q == p}           # equal answers: a draw
+    file = open(f"{cfg.out}/verdicts.jsonl", "a+")
+    file.seek(0)
+    for line in file:
         try:
             row = json.loads(line)
-            verdicts[row["judge"], row["question"]] = row["b_is_better"]
-        except (ValueError, LookupError):
+            if row["judge"] == cfg.judge:
+                verdicts[row["question"]] = row["b_is_better"]
+        except ValueError:
             pass                                         # torn by a kill
-    # the policy's answer is B, then A
-    first = [QUESTION.format(a["instruction"], a["output"], b["output"]) for a, b in zip(one, two)]
-    then = [QUESTION.format(a["instruction"], b["output"], a["output"]) for a, b in zip(one, two)]
-    asked = [q for q, p in zip(first + then, then + first) if q != p]    # equal answers are a draw
-    asked = [q for q in dict.fromkeys(asked) if (cfg.judge, q) not in verdicts]
+    trouble = []
 
     def ask(question):
         """The question, and the probability that B is better, or None."""
-        # some servers refuse log-probs, some models any settings
-        plainer = [{"temperature": 0, "logprobs": True, "top_logprobs": 5}, {"temperature": 0}, {}]
-        for settings in plainer:
+        messages = [{"role": "user", "content": question}]
+        for settings in SETTINGS:
+            if trouble:
+                break
             try:
-                return question, read_verdict(client.chat.completions.create(
-                    model=cfg.judge, messages=[{"role": "user", "content": question}], **settings))
-            except (openai.BadRequestError, openai.UnprocessableEntityError):
-                if settings == plainer[-1]:
-                    raise
+                reply = client.chat.completions.create(
+                    model=cfg.judge, messages=messages, **settings)
+                return question, read_verdict(reply)
             except ValueError:
-                return question, None                    # no JSON
+                break                                    # no JSON: the next run asks again
+            except openai.OpenAIError as error:
+                status = getattr(error, "status_code", None)
+                if status not in (400, 422) or settings == {}:
+                    trouble.append(error)
+        return question, None
 
-    with ThreadPool(8) as pool, open(path, "a") as f:
-        try:
-            for question, p in pool.imap_unordered(ask, asked):
-                verdicts[cfg.judge, question] = p
-                if p is not None:                        # newline first: a torn line costs itself
-                    row = {"judge": cfg.judge, "question": question, "b_is_better": p}
-                    f.write("\n" + json.dumps(row))
-                    f.flush()
-        except openai.OpenAIError as error:              # its text may hold the key
-            fail("--api_base (verdicts so far are kept): " + str(error).replace(key, "***"))
+    asked = {*first, *then} - verdicts.keys()
+    for question, p in ThreadPool(8).imap_unordered(ask, asked):
+        if p is not None:                                # newline first: a torn line costs itself
+            verdicts[question] = p
+            row = {"judge": cfg.judge, "question": question, "b_is_better": p}
+            file.write("\n" + json.dumps(row))
+            file.flush()
+    if trouble:                                          # its text may hold the key
+        fail(f"--api_base (verdicts so far are kept): {trouble[0]}".replace(key, "***"))
     preferences = []
     for q, p in zip(first, then):
-        b, a = verdicts.get((cfg.judge, q)), verdicts.get((cfg.judge, p))
-        known = q == p or None not in (a, b)
-        preferences.append((1.5 if q == p else 1 + (b + 1 - a) / 2) if known else None)
+        preference = None
+        if q in verdicts and p in verdicts:
+            preference = 1 + (verdicts[q] + 1 - verdicts[p]) / 2
+        preferences.append(preference)
     return preferences
 
 
 def read_verdict(reply):
-    """The probability that B is better, or None if the reply does not say. A verdict is the letter
-    that ends a line which names no other, behind any thinking; all such lines must agree."""
+    """The probability that B is better, or None if the reply does not say: verdicts are looked for
+    behind any thinking, and all must agree."""
     import openai
-    if not reply.choices:
-        raise openai.OpenAIError(f"no choices in the reply: {reply.model_dump_json()}")
-    choice, said = reply.choices[0], set()
+    if not getattr(reply, "choices", None):
+        raise openai.OpenAIError(f"no choices in the reply: {reply}")
+    choice = reply.choices[0]
     text = (choice.message.content or "").rpartition("</think>")[2]
-    for line in text.upper().splitlines():
-        last = re.search(r"\b([AB])( IS BETTER)?\W*$", line)
-        doubt = re.search(r"\b(NOT|NEITHER|NOR|WORSE|THAN)\b|N'T", line)
-        if last and not doubt and len(set(re.findall(r"\b[AB]\b", line))) == 1:
-            said.add(last[1])
+    said = set(VERDICT.findall(text.upper()))
     if len(said) != 1:
         return None
-    p = {"A": 0.0, "B": 0.0} | dict.fromkeys(said, 1e-30)        # all that is known without ...
-    tokens = choice.logprobs and choice.logprobs.content or []   # ... log-probs at the letter
+    p = Counter(dict.fromkeys(said, 1e-30))              # all that is known without log-probs ...
+    tokens = choice.logprobs and choice.logprobs.content or []
     at_letter = [token for token in tokens if token.token.strip().upper() in said]
-    for token in at_letter[-1:]:
+    for token in at_letter[-1:]:                         # ... at the letter
         for other in token.top_logprobs or []:
-            if other.token.strip() in p:                 # "A" and " A" are two tokens
-                p[other.token.strip()] += math.exp(other.logprob)
+            # "A" and " A" are two tokens
+            p[other.token.strip()] += math.exp(other.logprob)
     return p["B"] / (p["A"] + p["B"])
 
 
@@ -309,25 +324,24 @@ def read_verdict(reply):
 # ==================================================================================================
 def name_of(source):
     """What tables call it: out/ppo/model -> ppo, results/claude.json -> claude"""
-    folder = source.rstrip("/").removesuffix("/model")
-    return re.sub(r"\.json.*", "", os.path.basename(folder))
+    return os.path.basename(re.sub(r"/model/?$|/$|\.json[^/]*$", "", source))
 
 
-def answers_of(cfg, source, side, prompts, device, dtype):
-    """A file's rows of alpaca_eval outputs, in the prompts' order, or a model's answers, which are
-    also written to OUT/policy.json or OUT/baseline.json."""
+def answers_of(cfg, source, luck, prompts, device, dtype):
+    """A file's rows of alpaca_eval outputs, in the prompts' order, or a model's answers."""
     asked = [prompt_text(prompt) for prompt in prompts]
     if re.search(r"\.json[^/]*$", source):
-        answers = list(read_rows(source, len(prompts)))
+        answers = [{"generator": name_of(source), "finished": True} | row
+                   for row in read_rows(source, len(prompts))]
         if [answer.get("instruction") for answer in answers] != asked:
-            fail(f"{source}: its instructions are not the {len(asked)} prompts of --data, in order")
-        return [{"generator": name_of(source), "finished": True} | answer for answer in answers]
+            fail(f"{source}: its instructions are not the prompts of --data, in their order")
+        return answers
     check_context(source, cfg.max_prompt_tokens + cfg.max_new_tokens, cfg.max_prompt_tokens)
     tokenizer, stops = load_tokenizer(source)
     ids = encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens, cfg.data)
     model = plain_copy(load_model(source, LanguageModel, device, dtype), dtype, device)
     banned = banned_tokens(tokenizer, stops, model.config.vocab_size).to(device)
-    seeds = [(cfg.seed, int(side == "policy"), b) for b in range(len(ids))]      # their own luck
+    seeds = [(cfg.seed, luck, b) for b in range(len(ids))]
     tokens, _, lengths = sample(model, ids, stops, cfg.max_new_tokens, seeds,
                                 cfg.generation_batch_size, cfg.temperature, banned)      # (n, R)
     answers = []
@@ -335,11 +349,8 @@ def answers_of(cfg, source, side, prompts, device, dtype):
         answers.append({"instruction": instruction,
                         "output": answer_text(tokenizer, stops, row[:length]),
                         "generator": name_of(source),
-                        "finished": bool(row[length - 1] in stops)})
-    if rank() == 0:
-        os.makedirs(cfg.out, exist_ok=True)
-        write_text(f"{cfg.out}/{side}.json", json.dumps(answers, indent=1))
-    say(f"{side}: {len(answers)} answers of {source}")
+                        "finished": row[length - 1] in stops})
+    say(f"sampled the answers of {source}")
     return answers
 
 
@@ -347,59 +358,61 @@ def answers_of(cfg, source, side, prompts, device, dtype):
 def columns_of(rows, difficulty):
     """What length_controlled_win_rate takes, of alpaca_eval's annotations: preferences, lengths of
     the baseline's and of the policy's answers, difficulties; (n,) each."""
-    columns = [[], [], []]
+    columns = []
     for row in rows:
-        columns[0].append(row.get("preference", row.get("preference_surrogate")))
-        for k in (1, 2):
-            length = row.get(f"len_{k}")
-            columns[k].append(len(row[f"output_{k}"]) if length is None else length)
-    if difficulty and rows[0].get("index") is not None:
+        if row.get("len_1") is None:
+            row |= {"len_1": len(row["output_1"]), "len_2": len(row["output_2"])}
+        preference = row.get("preference", row.get("preference_surrogate"))
+        columns.append([preference, row["len_1"], row["len_2"]])
+    if difficulty and rows[0].get("index") is not None:  # else there must be one for each row
         difficulty = [difficulty[row["index"]] for row in rows]
-    elif difficulty and len(difficulty) != len(rows):
-        raise ValueError(f"{len(difficulty)} difficulties for {len(rows)} rows without an index")
-    return *np.array(columns, dtype=float), difficulty
+    return *np.array(columns, dtype=float).T, difficulty
+
+
+LINE = """{}
+  win rate           {win_rate:.2f} +- {standard_error:.2f}
+  at equal length    {length_controlled_winrate:.2f} +- {lc_standard_error:.2f}
+  won, drawn, lost   {n_wins}, {n_draws}, {n_wins_base}: {n_total} verdicts on {} pairs
+  mean length        {avg_length} vs {:.0f} characters"""
 
 
 def report(cfg, policies):
-    """The figures of {policy: its annotations}: printed, in OUT/leaderboard.csv, on a page."""
-    difficulty = json.loads(Path(cfg.difficulty).read_text()) if cfg.difficulty else None
-    variants, table = {}, {}
-    for row in [row for source in cfg.gamed for row in read_rows(source)]:
-        variants.setdefault(row.get("variant"), []).append(row)
-    gamed = [columns_of(rows, difficulty) for rows in variants.values()]
-    say("\npolicy, win rate, length-controlled, wins/draws/losses, characters, mean score")
-    for name, rows in policies.items():
+    """The figures of [(policy, its annotations)]: printed, in OUT/leaderboard.csv, on a page."""
+    difficulty = None
+    if cfg.difficulty:
+        difficulty = json.loads(Path(cfg.difficulty).read_text())
+    variants = defaultdict(list)
+    for source in cfg.gamed:
+        for row in read_rows(source):
+            variants[row.get("variant", source)].append(row)
+    table = []
+    for name, rows in policies:
         try:
+            gamed = [columns_of(variant, difficulty) for variant in variants.values()]
             columns = columns_of(rows, difficulty)
             row = win_rate(columns[0]) | {"mode": "community", "avg_length": int(columns[2].mean())}
             row |= length_controlled_win_rate(*columns, gamed)
         except (ValueError, LookupError, TypeError) as error:
-            fail(f"{name}: {error!r}: annotations need a preference in [1, 2] or null, and "
-                 "output_1 and output_2, or len_1 and len_2")
-        line = (f"{name}  {row['win_rate']:.2f} +- {row['standard_error']:.2f}  "
-                f"{row['length_controlled_winrate']:.2f} +- {row['lc_standard_error']:.2f}  "
-                f"{row['n_wins']}/{row['n_draws']}/{row['n_wins_base']}  "
-                f"{columns[2].mean():.0f} vs {columns[1].mean():.0f}")
+            fail(f"{name}: {error!r}: annotations need a preference in [1, 2] or null; output_1 "
+                 "and output_2, or len_1 and len_2; an index, or as many rows as --difficulty has")
+        say(LINE.format(name, len(rows), columns[1].mean(), **row).replace("nan", "-"))
         if rows[0].get("score_2") is not None:
-            means = [np.mean([pair[f"score_{k}"] for pair in rows]) for k in "21"]
-            line += "  {:+.3f} vs {:+.3f}".format(*means)
-        say(line.replace("nan", "-"))
-        if row["n_total"] < len(rows):
-            say(f"{len(rows) - row['n_total']} pairs have no verdict; the same command asks again")
+            scores = [[pair["score_2"], pair["score_1"]] for pair in rows]               # (n, 2)
+            say("  mean score         {:+.3f} vs {:+.3f}".format(*np.mean(scores, 0)))
         # NaN: an empty cell, and null on the page
-        table[name] = {key: None if value != value else value for key, value in row.items()}
+        table.append({"": name} | {k: None if v != v else v for k, v in row.items()})
     os.makedirs(cfg.out, exist_ok=True)
     write_text(f"{cfg.out}/config.json", json.dumps(asdict(cfg), indent=1))
     with open(f"{cfg.out}/leaderboard.csv", "w") as f:
-        leaderboard = csv.writer(f, lineterminator="\n")
-        leaderboard.writerow(["", *row])
-        leaderboard.writerows([name, *row.values()] for name, row in table.items())
+        leaderboard = csv.DictWriter(f, table[0], lineterminator="\n")
+        leaderboard.writeheader()
+        leaderboard.writerows(table)
     if cfg.html:
-        pairs = {name: rows[:100] for name, rows in policies.items() if "output_2" in rows[0]}
-        page = {"table": table, "pairs": pairs, "judge": cfg.judge, "data": cfg.data}
+        page = {"table": table, "pairs": [[name, rows[:100]] for name, rows in policies],
+                "judge": cfg.judge, "data": cfg.data}
         # without a "<" nothing in the data can end the element that holds it
         data = json.dumps(page).replace("<", "\\u003c")
-        text = Path(__file__).with_name("assets").joinpath("page.html").read_text()
+        text = Path(__file__).parent.joinpath("assets/page.html").read_text()
         text = text.replace("{{nonce}}", os.urandom(16).hex()).replace("{{data}}", data)
         write_text(f"{cfg.out}/index.html", text)
     say(f"wrote {cfg.out}")
@@ -412,44 +425,44 @@ def main(cfg):
     device = setup()
     dtype = set_precision(cfg.dtype, device)
     if cfg.annotations:
-        policies = {}
+        policies = []
         for source in cfg.annotations:
             rows = list(read_rows(source))
-            name = rows[0].get("generator_2") or name_of(source)
-            policies[source if name in policies else name] = rows
+            policies.append((rows[0].get("generator_2", source), rows))
         return report(cfg, policies) if rank() == 0 else None
 
     # 1. who judges? Said before anything is sampled
-    if cfg.data == Config.data and not cfg.judge:        # the world's truth knows the world alone
-        cfg.judge = "data/reviews/prepare.py:gold_reward"
+    if cfg.data == Config.data:                          # the world's truth knows the world alone
+        cfg.judge = cfg.judge or "data/reviews/prepare.py:gold_reward"
     if not cfg.judge:
         fail("--judge: name a reward model, a file.py:function, or a model at --api_base")
-    if cfg.api_base and not importlib.util.find_spec("openai"):
-        fail("--api_base needs the package: pip install openai")
-    is_function = re.search(r"\.py:\w+$", cfg.judge)
-    if is_function:
+    if ".py:" in cfg.judge:
+        judge = judge_by_function
         load_function(cfg.judge, "--judge")
-    elif not cfg.api_base:
+    elif cfg.api_base:
+        judge = judge_by_endpoint
+        if not importlib.util.find_spec("openai"):
+            fail("--api_base needs the package: pip install openai")
+    else:
+        judge = judge_by_reward_model
         trained_how(cfg.judge, cfg.trained_granularity, cfg.cutoff)
     kept = Path(cfg.out, "annotations.json")
     if kept.exists() and json.loads(kept.read_text())[0]["annotator"] != cfg.judge:
-        fail(f"{cfg.out} holds the preferences of another judge; give another --out")
+        fail("--out holds the preferences of another judge; give another folder")
 
-    # 2. both answer the same prompts
+    # 2. both answer the same prompts, each with luck of its own
     prompts = load_prompts(cfg.data, cfg.max_samples)
-    two = answers_of(cfg, cfg.model, "policy", prompts, device, dtype)
-    one = answers_of(cfg, cfg.baseline, "baseline", prompts, device, dtype)
+    two = answers_of(cfg, cfg.model, 1, prompts, device, dtype)
+    one = answers_of(cfg, cfg.baseline, 0, prompts, device, dtype)
+    if rank() == 0:
+        os.makedirs(cfg.out, exist_ok=True)
+        write_text(f"{cfg.out}/policy.json", json.dumps(two, indent=1))
+        write_text(f"{cfg.out}/baseline.json", json.dumps(one, indent=1))
 
-    # 3. the judge prefers one; all ranks share a reward model's work
-    if not is_function and not cfg.api_base:
-        preferences = judge_by_reward_model(cfg, prompts, one, two, device, dtype)
+    # 3. the judge prefers one
+    preferences = judge(cfg, prompts, one, two, device, dtype)
     if rank() > 0:
         return
-    os.makedirs(cfg.out, exist_ok=True)
-    if is_function:
-        preferences = judge_by_function(cfg, one, two)
-    elif cfg.api_base:
-        preferences = judge_by_endpoint(cfg, one, two)
     pairs = []
     for a, b, preference in zip(one, two, preferences):
         pair = {"instruction": a["instruction"], "annotator": cfg.judge, "preference": preference}
@@ -457,7 +470,7 @@ def main(cfg):
             pair |= {f"{name}_1": a.get(name), f"{name}_2": b.get(name)}
         pairs.append(pair | {"len_1": len(a["output"]), "len_2": len(b["output"])})
     write_text(f"{cfg.out}/annotations.json", json.dumps(pairs, indent=1))
-    report(cfg, {two[0]["generator"]: pairs})
+    report(cfg, [(two[0]["generator"], pairs)])
 
 
 if __name__ == "__main__":

@@ -26,14 +26,16 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 import time
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
@@ -74,14 +76,12 @@ def logprobs_and_entropy(hidden, head_weight, targets):
 def token_logprobs_and_entropy(hidden, head_weight, targets, chunk=None):
     """The same, `chunk` tokens at a time (default: 128 MB of logits), so that (N, V) never exists.
     Differentiable: the backward pass computes each chunk again."""
-    chunk = chunk or max(16, 2 ** 25 // head_weight.shape[0])
+    chunk = chunk or 2 ** 25 // len(head_weight)
     weight = head_weight.float()                                                 # once for all
-    logprobs, entropies = [], []
-    for h, t in zip(hidden.split(chunk), targets.split(chunk)):
-        logp, entropy = checkpoint(logprobs_and_entropy, h, weight, t, use_reentrant=False,
-                                   preserve_rng_state=False)
-        logprobs.append(logp)
-        entropies.append(entropy)
+    parts = [checkpoint(logprobs_and_entropy, h, weight, t, use_reentrant=False,
+                        preserve_rng_state=False)
+             for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+    logprobs, entropies = zip(*parts)
     return torch.cat(logprobs), torch.cat(entropies)
 
 
@@ -99,18 +99,17 @@ def segment_ends(entropy, mask, finished, cutoff, granularity):
     >>> segment_ends(h, h > 0, torch.tensor([True]), cutoff=2.0, granularity="segment").int()
     tensor([[0, 1, 0, 1, 0]], dtype=torch.int32)
     """
-    length = mask.sum(1)                                                         # (B,)
-    content = torch.where(finished & (length > 1), length - 1, length)           # (B,)
+    length = mask.sum(1, keepdim=True)                                           # (B, 1)
+    content = (length - finished[:, None].long()).clamp(min=1)                   # (B, 1)
     r = torch.arange(mask.shape[1], device=mask.device)                          # (R,)
-    is_content = r < content[:, None]                                            # (B, R)
-    is_last = r == content[:, None] - 1                                          # (B, R)
+    is_content = r < content                                                     # (B, R)
     if granularity == "segment":
-        return (entropy > cutoff) & is_content | is_last
+        return (entropy > cutoff) & is_content | (r == content - 1)
     if granularity == "token":
         return is_content
     if granularity == "bandit":
-        return r == length[:, None] - 1
-    raise ValueError(f"granularity {granularity!r}: one of segment, token, bandit")
+        return r == length - 1
+    raise ValueError(granularity)
 
 
 def segment_locations(ends):
@@ -152,7 +151,7 @@ class LanguageModel(nn.Module):
             torch.cat([hidden[span] for span in spans]),
             self.hf.get_output_embeddings().weight,
             torch.cat([following[span] for span in spans]))
-        logprobs, entropies = [x.split([int(r) + 1 for r in response_lens]) for x in both]
+        logprobs, entropies = [x.split((response_lens + 1).tolist()) for x in both]
         logprobs = pad_sequence([row[:-1] for row in logprobs], batch_first=True)        # (B, R)
         entropies = pad_sequence([row[1:] for row in entropies], batch_first=True)       # (B, R)
         return torch.stack([logprobs, entropies])
@@ -161,8 +160,8 @@ class LanguageModel(nn.Module):
     def check(self, path):
         """Logits must be hidden @ weight.T, as computed above."""
         ids = torch.arange(4)[None]
-        hidden = self.hf.base_model(ids).last_hidden_state
-        logits = hidden @ self.hf.get_output_embeddings().weight.T
+        logits = (self.hf.base_model(ids).last_hidden_state
+                  @ self.hf.get_output_embeddings().weight.T)
         if not torch.allclose(self.hf(ids).logits, logits, atol=5e-2, rtol=1e-2):
             fail(f"{path}: not supported: its logits are not finite, or its head is more than a "
                  "matrix (bias, scale, soft-capping)")
@@ -173,10 +172,8 @@ class LanguageModel(nn.Module):
 # ==================================================================================================
 def fail(message):
     """The user's mistake: one line, exit code 2. All ranks fail alike and rank 0 speaks."""
-    if rank() == 0:
-        print("error:", " ".join(message.split())[:600], file=sys.stderr, flush=True)
-    else:
-        time.sleep(5)                        # torchrun ends all ranks when one has ended
+    say("error:", textwrap.shorten(message, 600), file=sys.stderr)
+    time.sleep(5 if rank() else 0)           # torchrun ends all ranks when one has ended
     raise SystemExit(2)
 
 
@@ -185,12 +182,12 @@ def parse(Config, argv=None):
     argv = read_flags(argv or sys.argv[1:])
     if "--help" in argv:
         flags = re.sub(r"(?m)^    (\w+): ", r"    --\1 ", inspect.getsource(Config))
-        print(sys.modules[Config.__module__].__doc__, flags, sep="\n")
+        print(inspect.getmodule(Config).__doc__, flags, sep="\n")
         raise SystemExit(0)
     parser = HfArgumentParser(Config, allow_abbrev=False, add_help=False)
     parser.error = fail
-    cfg = Config(**vars(parser.parse_args(argv)))
-    if cfg.cutoff is not None and not cfg.cutoff >= 0:
+    cfg = parser.parse_args(argv, namespace=Config())
+    if not (cfg.cutoff or 0) >= 0:                       # NaN is not, either
         fail(f"--cutoff {cfg.cutoff}: entropies are 0 or more")
     return cfg
 
@@ -200,11 +197,9 @@ def read_flags(words, folder=""):
     that a file names lies beside it."""
     flags = []
     for word in words:
+        path = Path(folder, word[1:])
         if word.startswith("@"):
-            path = os.path.join(folder, word[1:])
-            with open(path) as f:
-                words_of_file = shlex.split(f.read(), comments=True)
-            flags += read_flags(words_of_file, os.path.dirname(path))
+            flags += read_flags(shlex.split(path.read_text(), comments=True), path.parent)
         else:
             flags.append(word)
     return flags
@@ -213,12 +208,12 @@ def read_flags(words, folder=""):
 def warn_of_world_values(cfg):
     """The defaults are the embedded world's. With another model, name those that the paper has
     otherwise: Config's comments say so."""
-    if cfg.model == type(cfg).model:
-        return
-    made = [f"--{name} {getattr(cfg, name)} ({value})" for name, value
-            in re.findall(r"    (\w+): .*\(paper: (.+)\)", inspect.getsource(type(cfg)))
-            if getattr(cfg, name) == getattr(type(cfg), name)]
-    say(f"note: values made for the embedded world (in brackets the paper's): {', '.join(made)}")
+    Config = type(cfg)
+    if cfg.model != Config.model:
+        papers = re.findall(r"(\w+): .*\(paper: (.+)\)", inspect.getsource(Config))
+        made = [f"--{name} ({value})" for name, value in papers
+                if getattr(cfg, name) == getattr(Config, name)]
+        say("note: made for the embedded world (in brackets the paper's):", *made)
 
 
 # -- Plumbing. One GPU or many: the same code on 1 and N ranks -------------------------------------
@@ -226,16 +221,18 @@ def setup():
     """Join the process group (a group of one without torchrun) and pick this rank's device."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    if not dist.is_initialized():
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, **({} if "RANK" in os.environ else alone))
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    torch.cuda.set_device(device)
-    # cuDNN's attention plans each new shape anew, and left-padded rows have come out as NaN
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    device = torch.device("cpu")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", dist.get_node_local_rank(0))
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+        # cuDNN's attention plans each new shape anew, and left-padded rows have come out as NaN
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    elif not dist.is_initialized():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
 
 
@@ -243,9 +240,9 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
-def say(*args):
+def say(*args, file=None):
     if rank() == 0:
-        print(*args, flush=True)
+        print(*args, file=file, flush=True)
 
 
 def set_precision(name, device):
@@ -256,15 +253,20 @@ def set_precision(name, device):
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def read_config(path, **settings):
-    """A checkpoint's config, without noise: a noisy ratio or reward is no ratio or reward."""
+def from_hub(auto_class, path, **settings):
+    """auto_class.from_pretrained(path): a folder or a hub id. A model's own code never runs."""
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **settings)
+        return auto_class.from_pretrained(path, trust_remote_code=False, **settings)
     except Exception as error:
         fail(f"{path}: no model there (the embedded world's is written by: python "
-             f"data/reviews/prepare.py): {error}")
-    for name, value in config.to_dict().items():
-        if re.search("dropout|pdrop|jitter|layerdrop", name) and isinstance(value, float):
+             f"data/reviews/prepare.py), or {auto_class.__name__} cannot read it: {error}")
+
+
+def read_config(path, **settings):
+    """A checkpoint's config, without noise: a noisy ratio or reward is no ratio or reward."""
+    config = from_hub(AutoConfig, path, **settings)
+    for name in config.to_dict():
+        if re.search("dropout|pdrop|jitter|layerdrop", name):
             setattr(config, name, 0.0)
     return config
 
@@ -281,8 +283,8 @@ def context_of(path):
 
 def check_context(path, max_tokens, max_prompt_tokens):
     if not max_prompt_tokens < max_tokens <= context_of(path):
-        fail(f"prompts of {max_prompt_tokens} tokens (--max_prompt_tokens) and {max_tokens} with the "
-             f"response do not fit: the context of {path} is {context_of(path)}")
+        fail(f"--max_prompt_tokens must be below {max_tokens} (prompt and response together), and "
+             f"that not beyond the context of {path}, {context_of(path)}")
 
 
 def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, head_std=None):
@@ -293,30 +295,22 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
     device. train: fp32 master weights, computing in dtype, gradients reduced in fp32; else frozen,
     in dtype. head_std: draw the scalar head anew, with this standard deviation.
     """
-    config = read_config(path, **wrap.settings)
-    try:
-        hf, info = wrap.auto_class.from_pretrained(
-            path, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True)
-    except Exception as error:
-        fail(f"{path}: the weights cannot be read ({error})")
+    hf, info = from_hub(wrap.auto_class, path, config=read_config(path, **wrap.settings),
+                        dtype="auto", use_safetensors=True, output_loading_info=True)
     if not hasattr(hf.base_model, "layers"):
-        fail(f"{path}: not supported: {type(hf).__name__} is no plain stack of decoder layers")
-    missing = set(info["missing_keys"])
-    if head_std is not None:
-        missing.discard("score.weight")
-        draw = torch.randn(1, config.hidden_size, generator=torch.Generator().manual_seed(0))
-        hf.score.weight.data = draw * head_std                   # (1, d), the same on every rank
+        fail(f"{path}: not supported: it is no plain stack of decoder layers")
+    missing = info["missing_keys"]
+    if head_std is not None:                             # (1, d), the same on every rank
+        nn.init.normal_(hf.score.weight, std=head_std, generator=torch.Generator().manual_seed(0))
+        missing = missing - {"score.weight"}
     if missing:
-        fail(f"{path}: weights are missing from the checkpoint, among them {min(missing)}")
+        fail(f"{path}: weights are missing from the checkpoint: {missing}")
     model = wrap(hf)
     model.check(path)
     if grad_checkpoint:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
 
-    policy = MixedPrecisionPolicy()
-    if train:
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for block in [*hf.base_model.layers, model]:     # the root last: embeddings, final norm, head
         for p in block.parameters():                 # not buffers: rotary frequencies stay in fp32
@@ -324,7 +318,6 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
         # Resharded even at the root: after a forward without a backward its weights would stay
         # whole, and the optimizer and checkpoints would find plain tensors instead of shards.
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    model.to(device)
     return model.train().requires_grad_(train)       # gradient checkpointing runs in train() alone
 
 
@@ -332,20 +325,20 @@ def pad(rows, device):
     """[(prompt ids, response ids)] -> ids (B, T), prompt lengths (B,), response lengths (B,). The
     lengths are arrays on the CPU: to look at them never waits for a GPU."""
     whole = [torch.from_numpy(np.concatenate(row)).long() for row in rows]
-    prompt_lens = np.array([len(p) for p, _ in rows])
-    response_lens = np.array([len(r) for _, r in rows])
     ids = pad_sequence(whole, batch_first=True)                                          # (B, T)
+    prompt_lens, response_lens = np.array([(len(p), len(r)) for p, r in rows]).T
     return ids.to(device, non_blocking=True), prompt_lens, response_lens
 
 
 def response_mask(rows, stops, device):
     """bool (B, R), True on the tokens of each response, and bool (B,), does a stop token end it?"""
-    ones = [torch.ones(len(r), dtype=torch.bool) for _, r in rows]
+    ones = [torch.ones(len(r)) for _, r in rows]
     finished = torch.tensor([r[-1] in stops for _, r in rows])                           # (B,)
-    return pad_sequence(ones, batch_first=True).to(device), finished.to(device)
+    mask = pad_sequence(ones, batch_first=True).bool()                                   # (B, R)
+    return mask.to(device, non_blocking=True), finished.to(device, non_blocking=True)
 
 
-def cut_rows(rows, entropy, stops, cutoff, granularity):
+def cut_rows(rows, entropy, tokenizer, stops, cutoff, granularity):
     """The segment ends of rows, bool (B, R): the one place where trainers, judges and this script
     cut. It sees the tokens, so another way to cut is a branch here and a word in Granularity."""
     mask, finished = response_mask(rows, stops, entropy.device)                # (B, R), (B,)
@@ -361,9 +354,9 @@ def micro_batches(lengths, size):
     >>> micro_batches([5, 9, 2, 8], size=3)
     [array([1, 3, 0]), array([2])]
     """
-    longest_first = np.argsort([-length for length in lengths], kind="stable")
+    longest_first = np.argsort(np.negative(lengths), kind="stable")
     mine = longest_first[rank()::dist.get_world_size()]
-    return [mine[k:k + size] for k in range(0, len(mine), size)]
+    return np.split(mine, range(size, len(mine), size))
 
 
 @torch.no_grad()
@@ -372,17 +365,18 @@ def map_rows(model, rows, size, device, batches=None):
     every rank. This rank's batches are given, or made of `size` rows at a time; the sum over ranks
     puts the results together."""
     filled = rows + rows[-1:] * (-len(rows) % dist.get_world_size())     # a multiple of the ranks
-    if batches is None:
-        batches = micro_batches([len(p) + len(r) for p, r in filled], size)
+    lengths = [len(p) + len(r) for p, r in filled]
+    batches = batches or micro_batches(lengths, size)
     R = max(len(r) for _, r in rows)
-    results = None
+    parts = []
     for batch in batches:
-        result = model(*pad([filled[i] for i in batch], device)).float()         # (..., b, r)
-        if results is None:
-            results = result.new_zeros(*result.shape[:-2], len(filled), R)       # (..., B, R)
-        results[..., batch, :result.shape[-1]] = result
+        part = model(*pad([filled[i] for i in batch], device))                   # (..., b, r)
+        parts.append(F.pad(part, (0, R - part.shape[-1])))                       # (..., b, R)
+    mine = torch.cat(parts, -2).cpu()            # only here the CPU waits for the GPU
+    results = mine.new_zeros(*mine.shape[:-2], len(filled), R)                   # (..., B, R)
+    results[..., np.concatenate(batches), :] = mine
     dist.all_reduce(results)
-    return results[..., :len(rows), :].cpu()
+    return results[..., :len(rows), :]
 
 
 # -- Plumbing. Data: preferences and prompts as message lists, read by the datasets package --------
@@ -392,23 +386,24 @@ def read_rows(source, limit=0):
     import datasets                                              # here, because it takes a second
     datasets.disable_progress_bars()
     name, _, part = source.partition(":")
-    if not os.path.exists(name) and re.search(r"^[./~]|\.[A-Za-z]\w*$|\s|/.*/", name):
-        fail(f"{name}: no such file")
-    load = {"path": name}
+    kind = name
+    files = None
     if os.path.isfile(name):                 # escaped: datasets takes pairs[1].jsonl for a pattern
-        kind = re.search(r"csv|parquet|$", name)[0]
-        load = {"path": kind or "json", "data_files": {"train": glob.escape(name)}}
+        kind = re.search("csv|parquet|$", name)[0] or "json"
+        files = glob.escape(name)
+    elif not os.path.isdir(name) and re.search(r"^[./~]|\.[A-Za-z]\w*$|\s|/.*/", name):
+        fail(f"{name}: no such file")
     try:
-        data = datasets.load_dataset(**load, split=part or "train")
+        data = datasets.load_dataset(kind, data_files=files, split=part or "train")
     except Exception as error:
         fail(f"{source}: cannot be read as a data set ({error.__cause__ or error})")
-    return data.select(range(min(limit or len(data), len(data))))
+    return data.select(range(len(data))[:limit or None])
 
 
 def messages_of(value, role):
     """Text or a message list -> a message list."""
     if isinstance(value, str):
-        value = [{"role": role, "content": value}]
+        return [{"role": role, "content": value}]
     for message in value:
         assert isinstance(message["content"], str), "a message's content must be text"
         assert not message.get("tool_calls"), "a message with tool calls"
@@ -418,37 +413,36 @@ def messages_of(value, role):
 def conversation(row, side, where):
     """The prompt messages and the response text of a row's side: chosen, rejected, or none."""
     try:
-        assert not row.get("system"), "the column system would be lost: make it a message"
-        assert not row.get("input"), "the column input would be lost: make it part of the prompt"
+        lost = row.get("system") or row.get("input")
+        assert not lost, "the columns system and input would be lost: make them part of the prompt"
         prompt = messages_of(row.get("prompt") or row.get("instruction") or [], "user")
         chat = messages_of(row[side] if side else "", "assistant")
-        # the side may repeat the prompt, with or without its system message
-        repeated = [m for m in prompt if m["role"] != "system" or m in chat[:1]]
-        if chat[:len(repeated)] == repeated:
-            chat = chat[len(repeated):]
-        assert chat[0]["role"] == "assistant" or not prompt, f"{side} holds other turns than prompt"
-        chat = prompt + chat
-        assert len(chat) > 1, f"{side} is one text: give message lists, or a column prompt"
-        assert chat[-2]["role"] != "assistant" == chat[-1]["role"], "a prompt, then one answer"
+        while len(chat) > 1 and chat[0] in prompt:       # the side may repeat the prompt
+            del chat[0]
+        assert chat[0]["role"] == "assistant" or not prompt, "it holds other turns than its prompt"
+        *prompt, answer = prompt + chat
+        assert prompt, "no prompt: give message lists, or a column prompt"
+        assert prompt[-1]["role"] != "assistant" == answer["role"], "a prompt, then one answer"
     except Exception as error:
         fail(f"{where} cannot be used: {error!r}; its columns: {', '.join(row)}")
-    return chat[:-1], chat[-1]["content"]
+    return prompt, answer["content"]
 
 
 def load_pairs(source, limit=0):
     """[(prompt messages, chosen text, rejected text, "SOURCE row n")]; pairs that teach nothing are
     dropped and counted."""
-    rows, pairs = read_rows(source, limit), []
+    rows = read_rows(source, limit)
+    pairs = []
     for n, row in enumerate(rows, 1):
         where = f"{source} row {n}"
         prompt, chosen = conversation(row, "chosen", where)
         other_prompt, rejected = conversation(row, "rejected", where)
-        differ = chosen.strip() and rejected.strip() and chosen != rejected
-        if differ and prompt == other_prompt:
+        useful = chosen.strip() and rejected.strip() and chosen != rejected
+        if useful and prompt == other_prompt:
             pairs.append((prompt, chosen, rejected, where))
     if len(pairs) < len(rows):
-        say(f"{source}: dropped {len(rows) - len(pairs)} of {len(rows)} pairs: a response is empty "
-            "or equals the other, or the prompts differ")
+        say(f"{source}: dropped {len(rows) - len(pairs)} pairs: a response is empty or equals the "
+            "other, or the prompts differ")
     return pairs or fail(f"{source}: no pair is left")
 
 
@@ -473,21 +467,17 @@ def load_tokenizer(path):
     """The tokenizer and its stop tokens, (n,): EOS by the tokenizer and by generation_config (or,
     without one, by config)."""
     config = read_config(path)
+    tokenizer = from_hub(AutoTokenizer, path)
     eos = config.eos_token_id
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:               # for a missing file it talks of other packages
-        fail(f"{path}: no tokenizer there ({error})")
     try:
         eos = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:
         pass                                                     # it has no such file
-    stops = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    stops = {tokenizer.eos_token_id, *np.ravel(eos).tolist()} - {None}
     if not stops:
         fail(f"{path}: no stop token; set eos_token_id in generation_config.json")
-    embeddings = config.get_text_config().vocab_size
-    if len(tokenizer) > embeddings:
-        fail(f"{path}: {len(tokenizer)} tokens, but only {embeddings} embeddings; resize them")
+    if len(tokenizer) > config.get_text_config().vocab_size:
+        fail(f"{path}: its tokenizer has more tokens than it has embeddings; resize them")
     return tokenizer, torch.tensor(sorted(stops))
 
 
@@ -508,9 +498,16 @@ def render(tokenizer, messages, where, **kwargs):
 
 
 def tokenize(tokenizer, texts):
-    """[text] -> [int32 ids]; the template has put BOS and EOS where they belong."""
-    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    return [np.array(ids, dtype=np.int32) for ids in encoded]
+    """[text] -> [int32 ids]; the template has put BOS and EOS where they belong. Many at a time:
+    the tokenizer shares them among the CPU's cores."""
+    encoded = []
+    size = 50_000
+    for first in range(0, len(texts), size):
+        if first:
+            say(f"{first} of {len(texts)} texts are tokenised")
+        batch = tokenizer(texts[first:first + size], add_special_tokens=False)
+        encoded += [np.array(ids, dtype=np.int32) for ids in batch["input_ids"]]
+    return encoded
 
 
 def cut_prompts(prompts, limit):
@@ -518,7 +515,7 @@ def cut_prompts(prompts, limit):
     long = sum(len(ids) > limit for ids in prompts)
     if long:
         say(f"{long} of {len(prompts)} prompts were cut to {limit} tokens")
-    return [np.delete(ids, slice(1, max(1, 1 + len(ids) - limit))) for ids in prompts]
+    return [np.delete(ids, range(1, 1 + len(ids) - limit)) for ids in prompts]
 
 
 def encode_prompts(tokenizer, prompts, max_tokens, source):
@@ -530,47 +527,45 @@ def encode_prompts(tokenizer, prompts, max_tokens, source):
 
 def encode_chats(tokenizer, stops, chats, max_tokens, max_prompt_tokens):
     """[(prompt messages, [response texts], where)] -> [(prompt ids, response ids)], int32, a row
-    for each response, end-of-turn token included; `where` is what an error calls the chat.
+    for each response, end-of-turn token included; an error calls the chat `where`.
 
     A response is what the full conversation adds to the prompt rendered with its generation prompt,
     up to its first stop token. A prompt is cut to max_prompt_tokens, a response to what is left of
     max_tokens: then it is not finished.
     """
-    rows, endless, said = [], 0, time.time()
+    texts = []
+    for prompt, responses, where in chats:
+        start = render(tokenizer, prompt, where, add_generation_prompt=True)
+        for response in responses:
+            whole = render(
+                tokenizer, [*prompt, {"role": "assistant", "content": response}], where)
+            if not whole.startswith(start):
+                fail(f"{where}: the chat template does not continue its own generation prompt")
+            texts.append((start, whole, response, where))
+    starts = list({start for start, *_ in texts})        # the sides of a pair share one
+    prompts = dict(zip(starts, tokenize(tokenizer, starts)))
+    wholes = tokenize(tokenizer, [whole for _, whole, *_ in texts])
     never = never_sampled(tokenizer, stops)
-    for first in range(0, len(chats), 1000):             # many at a time is twice as fast
-        texts = []
-        for prompt, responses, where in chats[first:first + 1000]:
-            start = render(tokenizer, prompt, where, add_generation_prompt=True)
-            for response in responses:
-                answer = {"role": "assistant", "content": response}
-                whole = render(tokenizer, [*prompt, answer], where)
-                if not whole.startswith(start):
-                    fail(f"{where}: the chat template does not continue its own generation prompt")
-                texts.append((start, whole, response, where))
-        starts, wholes, *_ = zip(*texts)
-        prompts = dict(zip(set(starts), tokenize(tokenizer, list(set(starts)))))
-        for (start, whole, response, where), ids in zip(texts, tokenize(tokenizer, wholes)):
-            p = prompts[start]
-            r = ids[len(p):]
-            if not np.array_equal(ids[:len(p)], p):              # a merge crosses the border
-                r = tokenize(tokenizer, [whole[len(start):]])[0]
-            stop = np.flatnonzero(np.isin(r, stops))
-            if len(stop):
-                r = r[:stop[0] + 1]
-            endless += not len(stop)
-            odd = tokenizer.decode(r[np.isin(r, never)][:1])
-            if odd not in response:
-                fail(f"{where}: the chat template puts {odd} into the answer, which the policy "
-                     "never samples; it belongs into the generation prompt")
-            rows.append((p, r))
-        if time.time() - said > 20:
-            said = time.time()
-            say(f"{len(rows)} responses are encoded, to {first + 1000} of {len(chats)} prompts")
+    rows = []
+    endless = 0
+    for (start, whole, response, where), ids in zip(texts, wholes):
+        p = prompts[start]
+        r = ids[len(p):]
+        if not np.array_equal(ids[:len(p)], p):                  # a merge crosses the border
+            [r] = tokenize(tokenizer, [whole[len(start):]])
+        stop = np.flatnonzero(np.isin(r, stops))
+        if len(stop):
+            r = r[:stop[0] + 1]
+        else:
+            endless += 1
+        odd = tokenizer.decode(r[np.isin(r, never)][:1])
+        if odd not in response:
+            fail(f"{where}: the chat template puts {odd} into the answer, which the policy never "
+                 "samples; it belongs into the generation prompt")
+        rows.append((p, r))
     if endless > len(rows) / 2:
-        fail(f"{endless} of {len(rows)} responses hold no stop token: the template's end-of-turn "
-             f"token is not among {tokenizer.convert_ids_to_tokens(stops.tolist())}; set "
-             "eos_token_id in generation_config.json")
+        fail(f"{endless} of {len(rows)} responses hold no stop token: name the template's "
+             "end-of-turn token in eos_token_id of generation_config.json")
     prompts = cut_prompts([p for p, _ in rows], max_prompt_tokens)
     return [(p, r[:max_tokens - len(p)]) for p, (_, r) in zip(prompts, rows)]
 
@@ -584,14 +579,15 @@ def answer_text(tokenizer, stops, ids):
 def segment_texts(tokenizer, ids, ends):
     """The text of each segment, and of what follows the last one; they join to the whole. Prefixes
     are decoded: a token that is decoded alone loses its space, or is half of a character."""
-    texts, before = [], ""
-    for cut in [*np.flatnonzero(ends) + 1, len(ids)]:
+    texts = []
+    before = ""
+    for cut in np.union1d(np.flatnonzero(ends) + 1, len(ids)):
         prefix = tokenizer.decode(ids[:cut], clean_up_tokenization_spaces=False)
         if cut < len(ids):
             prefix = prefix.rstrip("\ufffd")             # half a character: it comes with its end
         texts.append(prefix[len(before):])
         before = prefix
-    return texts if texts[-1] else texts[:-1]
+    return texts
 
 
 # ==================================================================================================
@@ -608,15 +604,15 @@ def main(cfg):
     model = load_model(cfg.model, LanguageModel, device, dtype)
     _, entropy = map_rows(model, rows, cfg.micro_batch_size, device)                     # (B, R)
 
-    ends = cut_rows(rows, entropy, stops, cfg.cutoff, cfg.granularity)                   # (B, R)
-    for (prompt, *_), (_, response), row_ends in list(zip(chats, rows, ends))[:3]:
-        texts = segment_texts(tokenizer, response, row_ends[:len(response)])
+    ends = cut_rows(rows, entropy, tokenizer, stops, cfg.cutoff, cfg.granularity)        # (B, R)
+    for (prompt, *_), (_, response), row_ends in zip(chats, rows[:3], ends):
+        texts = segment_texts(tokenizer, response, row_ends)
         say(f"\nuser: {prompt_text(prompt)}\n{' | '.join(texts)}")
 
-    tokens = cut_rows(rows, entropy, stops, 0.0, "token").sum()
+    tokens = cut_rows(rows, entropy, tokenizer, stops, 0.0, "token").sum()
     say("\ncutoff  segments per response  tokens per segment")
     for cutoff in np.arange(0.25, 8.25, 0.25):
-        n = cut_rows(rows, entropy, stops, cutoff, "segment").sum()
+        n = cut_rows(rows, entropy, tokenizer, stops, cutoff, "segment").sum()
         say(f"{cutoff:6.2f}  {n / len(rows):21.2f}  {tokens / n:18.2f}")
 
 

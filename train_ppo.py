@@ -21,7 +21,6 @@ lengths; the critic's head starts at zero. Two defaults are the embedded world's
 paper's: --reward_scale total and --missing_eos_reward -3 (the paper: none and 0).
 """
 import inspect
-import itertools
 import os
 import runpy
 import time
@@ -33,11 +32,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from segment import (Dtype, Granularity, LanguageModel, answer_text, check_context, cut_rows,
                      encode_chats, encode_prompts, fail, load_model, load_pairs, load_prompts,
-                     load_tokenizer, map_rows, micro_batches, never_sampled, pad, prompt_text, rank,
+                     load_tokenizer, map_rows, micro_batches, never_sampled, pad, parse,
+                     prompt_text,
                      read_config, response_mask, say, segment_locations, segment_texts,
                      sequence_score, set_precision, setup, warn_of_world_values)
 from train_rm import (ScalarModel, begin_run, check_out, finish_run, learning_rate,
@@ -98,8 +99,9 @@ class Config:
 # -- The method. 1. from segment rewards to token rewards ------------------------------------------
 @dataclass
 class Normalizer:
-    """mean(p) = w_mean log p + b_mean, std(p) = w_std log p + b_std (section 2.3). p is clamped to
-    what was calibrated, std to a tenth of its value at p = 1: a line goes negative at small p."""
+    """mean(p) = w_mean log p + b_mean, std(p) = w_std log p + b_std (section 2.3). A line goes
+    negative at small p: so p is clamped to what was calibrated, and std to at least a tenth of its
+    value at p = 1."""
     w_mean: float = 0.0
     w_std: float = 0.0
     b_mean: float = 0.0
@@ -114,7 +116,7 @@ class Normalizer:
         return (self.w_std * self.log(p) + self.b_std).clamp(min=0.1 * self.b_std)
 
     def log(self, p):
-        return torch.as_tensor(p, dtype=torch.float32).clamp(self.p_min, self.p_max).log()
+        return torch.as_tensor(p).clamp(self.p_min, self.p_max).log()
 
     def to_dict(self):
         return asdict(self)
@@ -126,39 +128,34 @@ class Normalizer:
 
 def huber_line(x, y, epsilon=1.35):
     """(slope, intercept) of Huber's regression of y on x, (n,) each, with the scale sigma estimated
-    along with the line (his proposal 2): residuals beyond epsilon sigma count linearly."""
-    weight, sigma = np.ones(len(x)), np.inf
-    for _ in range(500):                     # reweighted least squares; outliers count less
-        slope, intercept = np.polyfit(x, y, 1, w=np.sqrt(weight))
-        error = np.abs(y - slope * x - intercept) + 1e-12                                # (n,)
+    along with the line (his proposal 2): residuals beyond epsilon sigma count linearly. Where x
+    does not vary the slope is 0."""
+    columns = np.stack([x, np.ones(len(x))], 1)                                          # (n, 2)
+    root, sigma = np.ones(len(x)), np.inf
+    for _ in range(500):                     # least squares, weighted by root ** 2: outliers less
+        line = np.linalg.lstsq(columns * root[:, None], y * root)[0]                     # (2,)
+        error = np.abs(y - columns @ line) + 1e-12                                       # (n,)
         sigma = np.sqrt(np.mean(np.minimum(error, epsilon * sigma) ** 2))
-        weight = np.minimum(1, epsilon * sigma / error)                                  # (n,)
-    return float(slope), float(intercept)
+        root = np.sqrt(np.minimum(1, epsilon * sigma / error))                           # (n,)
+    return line.tolist()
 
 
 def fit_normalizer(locations, rewards):
     """Fit a Normalizer to segment rewards. locations: (N,) in (0, 1]; rewards: (N,). Segments are
     pooled by p rounded to 3 decimals; Huber regressions of the pools' means and population
-    deviations on log(mean p of the pool); one location alone has slope 0. ValueError for rewards
-    that are not finite, do not vary, or hardly share a location."""
-    p = np.asarray(locations, dtype=np.float64)
-    y = np.asarray(rewards, dtype=np.float64)
+    deviations on log(mean p of the pool). ValueError for rewards that are not finite, do not vary,
+    or share no location."""
+    p, y = np.asarray(locations, float), np.asarray(rewards, float)                      # (N,)
     _, pool, count = np.unique(p.round(3), return_inverse=True, return_counts=True)
-    several = count > 1                                  # one value has no deviation
-    if not np.isfinite(y).all() or several.sum() < max(1, min(2, len(count))):
-        raise ValueError(f"{len(p)} rewards: some are not finite, or they hardly share a location")
     mean = np.bincount(pool, y) / count                                                  # (pools,)
     std = np.sqrt(np.bincount(pool, (y - mean[pool]) ** 2) / count)                      # (pools,)
     log_p = np.log(np.bincount(pool, p) / count)                                         # (pools,)
-    if len(count) == 1:
-        fit = Normalizer(b_mean=float(mean[0]), b_std=float(std[0]))
-    else:
-        w_mean, b_mean = huber_line(log_p, mean)
-        w_std, b_std = huber_line(log_p[several], std[several])
-        fit = Normalizer(w_mean, w_std, b_mean, b_std, float(p.min()), float(p.max()))
-    if fit.b_std < 1e-6 * (1 + abs(fit.b_mean)):
-        raise ValueError("the rewards do not vary, there is nothing to divide by")
-    return fit
+    several = count > 1                                  # one value has no deviation
+    w_mean, b_mean = huber_line(log_p, mean)
+    w_std, b_std = huber_line(log_p[several], std[several])
+    if not b_std > 1e-6 * (1 + abs(b_mean)):
+        raise ValueError("the rewards do not vary: there is nothing to divide by")
+    return Normalizer(w_mean, w_std, b_mean, b_std, float(p.min()), float(p.max()))
 
 
 def spread_rewards(rewards_at_ends, ends, mask, how):
@@ -172,19 +169,16 @@ def spread_rewards(rewards_at_ends, ends, mask, how):
     >>> spread_rewards(torch.tensor([[0., 4., 3., 0.]]), ends, torch.ones(1, 4, dtype=bool), "even")
     tensor([[2., 2., 3., 0.]])
     """
-    ends = ends & mask
     rewards = torch.where(ends, rewards_at_ends, 0.0)                                    # (B, R)
     if how == "end":
         return rewards
-    segment = ends.cumsum(1) - ends.long()               # (B, R) number of ends before this token
+    segment = ends.cumsum(1) - ends.int()                # (B, R) number of ends before this token
     zeros = torch.zeros_like(rewards)
-    share = zeros.scatter_add(1, segment, rewards)                   # (B, segments)
+    share = zeros.scatter_add(1, segment, rewards)                               # (B, segments)
     if how == "even":
-        length = zeros.scatter_add(1, segment, mask.float())         # (B, segments)
+        length = zeros.scatter_add(1, segment, mask.float())                     # (B, segments)
         share = share / length.clamp(min=1)
-    elif how != "repeat":
-        raise ValueError(f"interpolation {how!r}: one of even, repeat, end")
-    return share.gather(1, segment) * mask
+    return share.gather(1, segment)
 
 
 def token_rewards(rewards, ends, mask, normalizer, how):
@@ -201,6 +195,8 @@ def calibrate(rewards, ends, mask, kind, how):
     p, y = segment_locations(ends)[ends], rewards[ends]                                  # (N,) each
     if kind == "last":
         y = y[p == 1]
+    if not y.std() > 1e-6 * y.abs().max():               # also where one is not finite
+        raise ValueError("the rewards do not vary, or are not finite")
     normalizer = Normalizer()
     if kind == "location":
         normalizer = fit_normalizer(p, y)
@@ -208,8 +204,6 @@ def calibrate(rewards, ends, mask, kind, how):
         normalizer = Normalizer(b_mean=float(y.mean()), b_std=float(y.std(correction=0)))
     total = token_rewards(rewards, ends, mask, normalizer, how).sum(1)                   # (B,)
     S = float(total.std(correction=0))
-    if not 0 < S < np.inf:
-        raise ValueError(f"the deviation of a response's total reward is {S}")
     return normalizer, S
 
 
@@ -221,12 +215,10 @@ def dense_rewards(cfg, rewards, ends, mask, finished, normalizer, how, scale):
     dense = dense.clamp(-10, 10)
     if cfg.divide_by_length:
         dense = dense / lengths[:, None]
-    rows = torch.arange(len(dense), device=dense.device)                                 # (B,)
-    dense[rows, lengths - 1] += cfg.missing_eos_reward * ~finished
+    dense[range(len(dense)), lengths - 1] += cfg.missing_eos_reward * ~finished
     if cfg.bad_length:
-        bad = ~finished | (lengths > cfg.bad_length)                                     # (B,)
-        dense = torch.where(bad[:, None] & mask, -0.05, dense)
-    return dense
+        dense[~finished | (lengths > cfg.bad_length)] = -0.05
+    return dense * mask
 
 
 # -- The method. 2. advantages and losses ----------------------------------------------------------
@@ -244,7 +236,7 @@ def gae(rewards, values, mask, gamma, lam):
         last_advantage = delta + gamma * lam * last_advantage
         advantages[:, r] = last_advantage
         next_value = values[:, r]
-    return advantages * mask, (advantages + values) * mask
+    return advantages, advantages + values
 
 
 def whiten(x, mask):
@@ -256,8 +248,7 @@ def whiten(x, mask):
 
 def mean_tokens(x, mask):
     """Mean over each response's tokens: a long response weighs no more. (B, R) -> (B,)"""
-    total = torch.where(mask, x, 0.0).sum(1)                                             # (B,)
-    return total / mask.sum(1).clamp(min=1)
+    return (x * mask).sum(1) / mask.sum(1)
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
@@ -290,52 +281,56 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
     bool (V,), never sampled. Returns tokens (B, R) int64, their log-probs (B, R) under the model,
     and lengths (B,), the stop token included; 0 on padding.
     """
-    device, B = hf.device, len(prompts)
-    stops = stops.to(device)
+    device, stops = hf.device, stops.to(hf.device)
     generators = []
     for seed in seeds:
-        number = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
-        generators.append(torch.Generator(device).manual_seed(int(number)))
-    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)             # (B, R)
-    logprobs = torch.zeros(B, max_new_tokens, device=device)                             # (B, R)
+        number = np.random.SeedSequence(seed).generate_state(1, np.uint64).item()
+        generators.append(torch.Generator(device).manual_seed(number))
 
-    # prompts are padded on the left, only here: then all rows put their next token at one place
-    P = max(len(p) for p in prompts)
-    padded = np.stack([np.pad(p, (P - len(p), 0)) for p in prompts])                     # (B, P)
-    token = torch.from_numpy(padded).long().to(device)                                   # (b, P)
-    pads = torch.tensor([P - len(p) for p in prompts], device=device)                    # (B,)
-    mask = torch.arange(P + max_new_tokens, device=device) >= pads[:, None]              # (b, P+R)
-    position = (mask[:, :P].cumsum(1) - 1).clamp(min=0)                                  # (b, P)
-    row = torch.arange(B, device=device)                 # (b,) the prompt that a row answers
-    live = torch.ones(B, dtype=torch.bool, device=device)                                # (b,)
+    # Prompts are padded on the left, only here: then all rows put their next token at one place.
+    ids = pad_sequence([torch.from_numpy(p) for p in prompts], batch_first=True,
+                       padding_side="left")                                              # (B, P)
+    P = ids.shape[1]
+    ids = F.pad(ids, (0, max_new_tokens)).long().to(device)                              # (B, P+R)
+    lengths = torch.tensor([len(p) for p in prompts])                                    # (B,)
+    # where a token stands in its row; negative on padding
+    position = (torch.arange(-P, max_new_tokens) + lengths[:, None]).to(device)          # (B, P+R)
+    logprobs = torch.zeros(len(ids), max_new_tokens, device=device)                      # (B, R)
+    row = torch.arange(len(ids), device=device)          # (b,) those that are still written
     cache = DynamicCache(config=hf.config)
     for r in range(max_new_tokens):
-        if r % 16 == 0:          # the CPU looks, once in a while: finished rows leave, noise is drawn
-            keep = live.nonzero()[:, 0]
+        if r % 16 == 0:          # the CPU looks, once in a while: who is finished leaves
+            stopped = torch.isin(ids[row, P:P + r], stops).any(1)                        # (b,)
+            keep = (~stopped).nonzero().flatten()
             if not len(keep):
                 break
             if len(keep) < len(row):
                 cache.batch_select_indices(keep)
-                row, live, token = row[keep], live[keep], token[keep]
-                mask, position = mask[keep], position[keep]
-            noise = torch.ones(len(row), 16, hf.get_output_embeddings().weight.shape[0],
-                               device=device)                                            # (b, 16, V)
+                row = row[keep]
+            noise = torch.ones(len(row), 16, hf.config.vocab_size,
+                               device=device)                                    # (b, 16, V)
             for draws, b in zip(noise, row.tolist()):
                 draws.exponential_(generator=generators[b])
+        new = slice(cache.get_seq_length(), P + r)       # the prompts, later the token sampled last
         # arguments by position: transformers has renamed the cache
-        logits = hf(token, mask[:, :P + r], position, cache, use_cache=True,
-                    logits_to_keep=1).logits[:, -1].float()                              # (b, V)
+        output = hf(
+            ids[row, new],
+            position[row, :P + r] >= 0,
+            position[row, new].clamp(min=0),
+            cache,
+            use_cache=True,
+            logits_to_keep=1)
+        logits = output.logits[:, -1].float()                                            # (b, V)
         # The token with the smallest Exponential(1) noise / p^(1/temperature) wins: with the
         # probability that softmax(logits / temperature) gives it.
         scores = logits - temperature * noise[:, r % 16].log()                           # (b, V)
         if banned is not None:
             scores = scores.masked_fill(banned, -torch.inf)
-        token = scores.argmax(-1, keepdim=True)                                          # (b, 1)
-        position = position[:, -1:] + 1                                                  # (b, 1)
-        tokens[row, r] = token[:, 0]
-        logprobs[row, r] = logits.log_softmax(-1).gather(1, token)[:, 0]
-        live = live & ~torch.isin(token[:, 0], stops)
+        token = scores.argmax(-1)                                                        # (b,)
+        ids[row, P + r] = token
+        logprobs[row, r] = -F.cross_entropy(logits, token, reduction="none")
 
+    tokens = ids[:, P:]                                                                  # (B, R)
     stop = torch.isin(tokens, stops)                                                     # (B, R)
     until_stop = stop.cumsum(1) - stop.int() == 0                                        # (B, R)
     return tokens * until_stop, logprobs * until_stop, until_stop.sum(1)
@@ -345,21 +340,19 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
 # Plumbing. Sampling on all ranks
 # ==================================================================================================
 def sample(hf, prompts, stops, R, seeds, batch_size, temperature=1.0, banned=None):
-    """`generate` by all ranks, a part of the prompts each, sorted by length; every rank gets all:
-    tokens (B, R), log-probs (B, R), lengths (B,)."""
+    """`generate` by all ranks, a part of the prompts each; every rank gets all, on the CPU: tokens
+    (B, R), log-probs (B, R), lengths (B,)."""
     B = len(prompts)
-    tokens = torch.zeros(B, R, dtype=torch.long, device=hf.device)                       # (B, R)
-    logprobs = torch.zeros(B, R, device=hf.device)                                       # (B, R)
-    lengths = torch.zeros(B, dtype=torch.long, device=hf.device)                         # (B,)
-    by_length = np.argsort([len(p) for p in prompts], kind="stable")
-    mine = by_length[rank()::dist.get_world_size()]
-    for k in range(0, len(mine), batch_size):
-        wave = mine[k:k + batch_size].tolist()
-        tokens[wave], logprobs[wave], lengths[wave] = generate(
-            hf, [prompts[b] for b in wave], stops, R, [seeds[b] for b in wave], temperature, banned)
-    for x in (tokens, logprobs, lengths):
-        dist.all_reduce(x)
-    return tokens.cpu(), logprobs.cpu(), lengths.cpu()
+    results = [torch.zeros(B, R, dtype=torch.long), torch.zeros(B, R),
+               torch.zeros(B, dtype=torch.long)]
+    for wave in micro_batches([len(p) for p in prompts], batch_size):
+        sampled = generate(hf, [prompts[b] for b in wave], stops, R, [seeds[b] for b in wave],
+                           temperature, banned)
+        for result, part in zip(results, sampled):
+            result[wave] = part.cpu()
+    for result in results:
+        dist.all_reduce(result)
+    return results
 
 
 def plain_copy(model, dtype, device):
@@ -423,16 +416,6 @@ def trained_how(path, granularity, cutoff):
     return granularity, cutoff
 
 
-def rule_rewards(rule, tokenizer, stops, rows, prompts, ends):
-    """The rule's rewards of B (prompt ids, response ids), (B, R), at the segments' ends (B, R)."""
-    rewards = torch.zeros(ends.shape)
-    for b, (_, response) in enumerate(rows):
-        content = response[:-1] if response[-1] in stops else response
-        texts = segment_texts(tokenizer, content, ends[b, :len(content)])
-        rewards[b, ends[b]] = torch.tensor(rule(prompts[b], texts or [""])).float()
-    return rewards
-
-
 # ==================================================================================================
 # The run
 # ==================================================================================================
@@ -449,25 +432,26 @@ def main(cfg):
     chats = load_prompts(cfg.data, cfg.max_samples)
     if len(chats) < B or B % cfg.batch_size or cfg.batch_size % ranks:
         fail(f"--rollout_batch_size {B} must be a multiple of --batch_size {cfg.batch_size}, that "
-             f"of the ranks ({ranks}), and {cfg.data} have as many prompts ({len(chats)})")
+             f"of the ranks, and --data have as many prompts ({len(chats)})")
     prompts = encode_prompts(tokenizer, chats, cfg.max_prompt_tokens, cfg.data)
-    gold = cfg.gold
+    gold, held_out = cfg.gold, ""
     if cfg.data == Config.data:                          # the world's truth knows the world alone
         gold = gold or "data/reviews/prepare.py:gold_reward"
+        held_out = "data/reviews/pairs.jsonl:train[-400:]"
     gold = gold and load_function(gold, "--gold")
 
     # ----------------------------------------------------------------------------------------------
     # the reward: what it was trained on (own), what PPO makes of it (use)
     # ----------------------------------------------------------------------------------------------
-    rule, held_out = None, "data/reviews/pairs.jsonl:train[-400:]"
     if ".py:" in cfg.reward_model:
         rule = load_function(cfg.reward_model, "--reward_model")
         own, own_cutoff = "segment", cfg.cutoff
     else:
+        rule = None
         own, own_cutoff = trained_how(cfg.reward_model, cfg.trained_granularity, cfg.cutoff)
         check_context(cfg.reward_model, max_tokens, cfg.max_prompt_tokens)
         if not same_tokens(tokenizer, load_tokenizer(cfg.reward_model)[0]):
-            fail(f"--reward_model {cfg.reward_model}: its tokens are not those of {cfg.model}")
+            fail(f"--reward_model {cfg.reward_model}: its tokens are not those of --model")
         reward_model = load_model(cfg.reward_model, ScalarModel, device, dtype)
         held_out = getattr(reward_model.hf.config, "segment_held_out", "")
     use = cfg.granularity or own
@@ -478,70 +462,77 @@ def main(cfg):
 
     def rewards_at_ends(rows, texts, sft_entropy, batches=None):
         """Rewards and segment ends, (B, R), of B (prompt ids, response ids); texts: B prompts."""
-        ends = cut_rows(rows, sft_entropy, stops, cutoff, use)                           # (B, R)
-        if rule:
-            return rule_rewards(rule, tokenizer, stops, rows, texts, ends), ends
-        scalars = map_rows(reward_model, rows, size, device, batches)                    # (B, R)
-        if use == "bandit":
-            own_ends = cut_rows(rows, sft_entropy, stops, own_cutoff, own)               # (B, R)
-            scalars = sequence_score(scalars, own_ends)[:, None]                         # (B, 1)
-        return torch.where(ends, scalars, 0.0), ends
+        ends = cut_rows(rows, sft_entropy, tokenizer, stops, cutoff, use)                # (B, R)
+        if not rule:
+            rewards = map_rows(reward_model, rows, size, device, batches)                # (B, R)
+            if use == "bandit":
+                own_ends = cut_rows(rows, sft_entropy, tokenizer, stops,
+                                    own_cutoff, own)                                     # (B, R)
+                rewards = sequence_score(rewards, own_ends)[:, None]                     # (B, 1)
+            return rewards * ends, ends
+        rewards = torch.zeros(ends.shape)                                                # (B, R)
+        for b, (_, response) in enumerate(rows):
+            content = response[:-1] if response[-1] in stops else response
+            segments = segment_texts(tokenizer, content, ends[b, :len(content)])
+            rewards[b, ends[b]] = torch.tensor(rule(texts[b], segments)).float()
+        return rewards, ends
 
     reference = load_model(cfg.model, LanguageModel, device, dtype)
     if cfg.fit:
-        normalizer, scale = Normalizer(*[float(x) for x in cfg.fit.split()]), 1.0
+        normalizer, scale = Normalizer(*map(float, cfg.fit.split())), 1.0
     else:
-        held_out = cfg.calibration_data or held_out
-        if not held_out:
-            fail("--calibration_data: preferences that the reward model was not trained on")
-        pairs = load_pairs(held_out, 2000)
-        both = [(prompt, [chosen, rejected], where) for prompt, chosen, rejected, where in pairs]
-        rows = encode_chats(tokenizer, stops, both, max_tokens, cfg.max_prompt_tokens)
-        texts = [prompt_text(prompt) for prompt, *_ in pairs for _ in "12"]
+        held_out = cfg.calibration_data or held_out or fail(
+            "--calibration_data: preferences that the reward model was not trained on")
+        examples = [(prompt, [answer], where)                                    # 2n
+                    for prompt, *answers, where in load_pairs(held_out, 2000) for answer in answers]
+        rows = encode_chats(tokenizer, stops, examples, max_tokens, cfg.max_prompt_tokens)
+        texts = [prompt_text(prompt) for prompt, *_ in examples]
+        mask, _ = response_mask(rows, stops, "cpu")                                      # (2n, R)
         _, sft_entropy = map_rows(reference, rows, size, device)                         # (2n, R)
         rewards, ends = rewards_at_ends(rows, texts, sft_entropy)                        # (2n, R)
-        mask, _ = response_mask(rows, stops, "cpu")                                      # (2n, R)
         try:
             normalizer, scale = calibrate(rewards, ends, mask, cfg.normalizer, how)
         except ValueError as error:
             fail(f"calibration on {held_out}: {error}")
     if cfg.reward_scale == "none":
         scale = 1.0
-    say(f"{own} reward used as {use}, cutoff {cutoff}, divided by {scale:.3g}; {normalizer}")
+    calibration = {"normalizer": normalizer.to_dict(), "scale": scale}
+    say(f"{own} reward used as {use}, cutoff {cutoff}: {calibration}")
 
     # ----------------------------------------------------------------------------------------------
     # the models that learn, and a plain copy of the actor to sample from
     # ----------------------------------------------------------------------------------------------
-    actor = load_model(cfg.model, LanguageModel, device, dtype, train=True,
+    actor = load_model(cfg.model, LanguageModel, device, dtype,
+                       train=True,
                        grad_checkpoint=cfg.grad_checkpoint)
-    critic = load_model(cfg.model, Critic, device, dtype, train=True,
-                        grad_checkpoint=cfg.grad_checkpoint, head_std=0.0)
+    critic = load_model(cfg.model, Critic, device, dtype,
+                        train=True,
+                        grad_checkpoint=cfg.grad_checkpoint,
+                        head_std=0.0)
     sampler = plain_copy(actor, dtype, device)
     banned = banned_tokens(tokenizer, stops, sampler.config.vocab_size).to(device)
-    trained = nn.ModuleDict({"actor": actor, "critic": critic})
-    optimizer = make_optimizer([actor, critic], device)
-    calibration = {"normalizer": normalizer.to_dict(), "scale": scale}
+    trained = nn.ModuleList([actor, critic])
+    optimizer = make_optimizer(trained, device)
     first_step, log = begin_run(cfg, trained, optimizer, calibration=calibration)
 
-    steps = cfg.max_steps or max(1, cfg.passes * len(prompts) // B)
+    steps = cfg.max_steps or cfg.passes * len(prompts) // B
     updates = cfg.ppo_epochs * B // cfg.batch_size       # in an iteration
-    order = shuffled(len(prompts), -(-steps * B // len(prompts)), cfg.seed, 0)
-    say(f"{steps} iterations x {B} responses on {ranks} x {device.type}, in each {updates} updates x "
-        f"{cfg.batch_size} responses")
+    epochs = 1 + steps * B // len(prompts)
+    # rows of --data, as many as are needed                                      # (steps, B)
+    order = np.resize(shuffled(len(prompts), epochs, cfg.seed, 0), (steps, B))
+    say(f"{steps} iterations x {B} responses on {ranks} x {device.type}, in each {updates} updates")
     began = time.time()
     for step in range(first_step, steps):
         # 1. sample: each rank decodes its rows, every rank gets all of them -----------------------
         time_start = time.time()
         refresh(sampler, actor)
-        drawn = order[step * B:(step + 1) * B]               # (B,) rows of --data
+        drawn = order[step]                                                              # (B,)
         tokens, sampled_logprobs, lengths = sample(                          # (B, R), (B, R), (B,)
             sampler, [prompts[i] for i in drawn], stops, cfg.max_new_tokens,
             [(cfg.seed, 1, step, b) for b in range(B)], cfg.generation_batch_size, banned=banned)
-        responses = [row[:n].int().numpy() for row, n in zip(tokens, lengths)]
-        rows = [(prompts[i], response) for i, response in zip(drawn, responses)]
+        rows = [(prompts[i], row[:n].numpy()) for i, row, n in zip(drawn, tokens, lengths)]
         texts = [prompt_text(chats[i]) for i in drawn]
         mask, finished = response_mask(rows, stops, "cpu")                       # (B, R), (B,)
-        R = mask.shape[1]
 
         # 2. score: every rank gets all results, (B, R) each, on the CPU ---------------------------
         time_score = time.time()
@@ -549,8 +540,10 @@ def main(cfg):
         # The rollout is cut once into minibatches, and these into micro-batches. The models score
         # it as they will be trained on it: in other batches bf16 rounds otherwise, and the ratios
         # of the first update would scatter around 1.
-        minibatches = [[first + micro for micro in micro_batches(
-            row_lengths[first:first + cfg.batch_size], size)] for first in range(0, B, cfg.batch_size)]
+        minibatches = []
+        for first in range(0, B, cfg.batch_size):
+            micros = micro_batches(row_lengths[first:first + cfg.batch_size], size)
+            minibatches.append([first + micro for micro in micros])
         batches = sum(minibatches, [])
         logprobs, policy_entropy = map_rows(actor, rows, size, device, batches)
         ref_logprobs, sft_entropy = map_rows(reference, rows, size, device, batches)
@@ -566,18 +559,15 @@ def main(cfg):
 
         # 4. update: each minibatch is one optimizer step of actor and critic ----------------------
         time_train = time.time()
-        sums = torch.zeros(3, device=device)                 # of losses and clipped shares
-        norms = torch.zeros(2, device=device)                # of the gradients
+        sums = norms = 0         # (3,) of both losses and clipped shares; (2,) of gradients' norms
         first_ratio = torch.ones((), device=device)          # 1 + its largest distance from 1
-        for update in range(updates):
-            for micro in minibatches[update % len(minibatches)]:
+        weight = ranks / cfg.batch_size      # of a response: FSDP averages gradients over the ranks
+        for update, minibatch in enumerate(minibatches * cfg.ppo_epochs):
+            for micro in minibatch:
                 batch = pad([rows[b] for b in micro], device)
-                r = int(lengths[micro].max())
                 mb_mask, mb_logprobs, mb_values, mb_advantages, mb_returns = \
-                    old[:, micro, :r].to(device, non_blocking=True)                      # (b, r)
-                mb_mask = mb_mask.bool()
-                # FSDP averages gradients over the ranks: a response weighs ranks / batch_size
-                weight = ranks / cfg.batch_size
+                    old[:, micro, :lengths[micro].max()].to(
+                        device, non_blocking=True)                                       # (b, r)
                 new_logprobs, _ = actor(*batch)                                          # (b, r)
                 policy_losses, ratio = policy_loss(new_logprobs, mb_logprobs, mb_advantages,
                                                    mb_mask, cfg.clip)                    # (b,)
@@ -597,19 +587,20 @@ def main(cfg):
 
         # what happened ----------------------------------------------------------------------------
         time_end = time.time()
-        gap = (logprobs - sampled_logprobs[:, :R]).abs().max()
+        gap = (logprobs - sampled_logprobs[:, :mask.shape[1]]).abs().max()
         if not gap.isfinite():
-            fail(f"iteration {step + 1}: log-probs are not finite")
+            fail("the policy's log-probs are not finite")
         policy_mean, value_mean, clip_fraction = sums / (cfg.ppo_epochs * B)
         actor_norm, critic_norm = norms / updates
         unexplained = (returns - values)[mask].var() / returns[mask].var().clamp(min=1e-12)
+        done, n_tokens = step + 1, mask.sum()
         row = {
-            "step": step + 1,
+            "step": done,
             "reward": sequence_score(rewards, ends).mean(),
             "kl": kl.sum(1).mean(),
-            "kl_per_token": kl.sum() / mask.sum(),
-            "response_length": mask.sum() / B,
-            "segment_length": mask.sum() / ends.sum(),
+            "kl_per_token": kl.sum() / n_tokens,
+            "response_length": n_tokens / B,
+            "segment_length": n_tokens / ends.sum(),
             "finished": finished.float().mean(),
             # after each token but the last, that is where the next one was decided on
             "entropy": policy_entropy[:, :-1][mask[:, 1:]].mean(),
@@ -625,23 +616,25 @@ def main(cfg):
             "time_generate": time_score - time_start,
             "time_score": time_train - time_score,
             "time_train": time_end - time_train,
-            "memory_gb": torch.cuda.max_memory_allocated() / 2 ** 30,
+            "memory_gb": torch.cuda.max_memory_allocated() / 1e9,
             "tokens_per_second": row_lengths.sum() / (time_end - time_start)}
         if gold:
             row["gold"] = np.mean([
-                gold_reward(gold, text, answer_text(tokenizer, stops, response), bool(done))
-                for text, response, done in zip(texts, responses, finished)])
+                gold_reward(gold, text, answer_text(tokenizer, stops, response), complete)
+                for text, (_, response), complete in zip(texts, rows, finished)])
         log_metrics(cfg, log, row)
-        show(row, ("reward", "gold", "kl", "response_length", "finished", "clip_fraction",
-                   "explained_variance", "tokens_per_second"), steps, first_step, began)
-        if row["step"] % cfg.sample_every == 0 or row["step"] == steps:
-            parts = segment_texts(tokenizer, responses[0], ends[0, :lengths[0]])
-            notes = [f" [{reward:+.2f}] |" for reward in rewards[0, ends[0]]] + [""]
-            say(f"  {texts[0].strip()}\n  {''.join(sum(zip(parts, notes), ()))}")
-        if row["step"] % cfg.save_every == 0 or row["step"] == steps:
-            save(cfg, row["step"], trained, optimizer, actor, tokenizer, dtype)
+        shown = ("reward", "gold", "kl", "response_length", "finished", "clip_fraction",
+                 "explained_variance", "tokens_per_second")
+        show(row, shown, steps, first_step, began)
+        if done % cfg.sample_every == 0:                 # a sample: its segments, their rewards
+            parts = segment_texts(tokenizer, rows[0][1], ends[0])
+            scored = [f"{part} [{reward:+.2f}]"
+                      for part, reward in zip(parts, rewards[0, ends[0]])]
+            say(texts[0], " |".join(scored))
+        if done % cfg.save_every == 0 or done == steps:
+            save(cfg, done, trained, optimizer, actor, tokenizer, dtype)
     finish_run(cfg)
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse(Config))

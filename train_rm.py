@@ -14,15 +14,13 @@ sides of a pair see the same prompt, with its BOS; pairs are held out by prompt,
 accuracy on them and chapter 3's calibration are honest.
 """
 import fcntl
-import glob
 import importlib.util
 import json
 import os
 import shutil
-import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,13 +29,13 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-                                                     get_state_dict, set_state_dict)
+                                                     get_state_dict)
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
 from segment import (Dtype, Granularity, LanguageModel, check_context, cut_rows, encode_chats, fail,
                      load_model, load_pairs, load_tokenizer, map_rows, micro_batches, never_sampled,
-                     pad, parse, rank, read_config, read_rows, say, sequence_score, set_precision,
+                     pad, parse, rank, read_config, say, sequence_score, set_precision,
                      setup, warn_of_world_values)
 
 
@@ -81,18 +79,18 @@ class ScalarModel(nn.Module):
         self.hf = hf
 
     def forward(self, ids, prompt_lens, response_lens):
-        """ids: (B, T) right-padded; lens: int (B,), on the CPU. Returns fp32 (B, R), 0 on padding.
-        """
+        """ids: (B, T) right-padded; lens: int (B,), on the CPU, as segment.pad makes them. Returns
+        fp32 (B, R), 0 on padding."""
         hidden = self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state    # (B, T, d)
         scalars = (hidden.float() @ self.hf.score.weight.float().T)[..., 0]              # (B, T)
-        starts = [p + self.shift for p in prompt_lens]
+        starts = prompt_lens + self.shift                                                # (B,)
         of_responses = [row[start:start + r]
                         for row, start, r in zip(scalars, starts, response_lens)]        # B x (r,)
         return pad_sequence(of_responses, batch_first=True)                              # (B, R)
 
     def check(self, path):
-        if not hasattr(self.hf, "score") or self.hf.score.bias is not None:
-            fail(f"{path}: its sequence classifier has no plain head `score`: not supported")
+        if self.hf.score.bias is not None:
+            fail(f"{path}: not supported: its head `score` has a bias")
 
 
 def bradley_terry(scores_chosen, scores_rejected):
@@ -106,7 +104,7 @@ def learning_rate(step, steps, warmup=0.03):
     rise = max(1, round(warmup * steps))
     if step < rise:
         return (step + 1) / rise
-    progress = (step - rise) / max(1, steps - rise)
+    progress = (step - rise) / (steps - rise)
     return 0.1 + 0.45 * (1 + np.cos(np.pi * progress))
 
 
@@ -119,11 +117,10 @@ def make_optimizer(models, device):
 
 def optimizer_step(optimizer, rates):
     """Clip each group's gradient to norm 1, step, forget. Returns the norms before, (groups,)."""
-    norms = []
+    norms = torch.stack([nn.utils.clip_grad_norm_(group["params"], 1.0).full_tensor()
+                         for group in optimizer.param_groups])                       # (groups,)
     for group, rate in zip(optimizer.param_groups, rates):
-        norms.append(nn.utils.clip_grad_norm_(group["params"], 1.0).full_tensor())
         group["lr"] = rate
-    norms = torch.stack(norms)
     if not norms.isfinite().all():
         fail("the gradient is not finite: start again with lower learning rates, or look at the "
              "rewards; the last checkpoint is kept")
@@ -144,7 +141,7 @@ def shuffled(n, epochs, *seed):
 def encode_pairs(tokenizer, stops, pairs, cfg, held_out=()):
     """The rows (prompt ids, response ids) of pairs, less those that teach nothing: equal tokens, or
     a prompt of the rows held_out."""
-    chats = [(prompt, [chosen, rejected], where) for prompt, chosen, rejected, where in pairs]
+    chats = [(prompt, responses, where) for prompt, *responses, where in pairs]
     rows = encode_chats(tokenizer, stops, chats, cfg.max_tokens, cfg.max_prompt_tokens)
     held_out_prompts = {p.tobytes() for p, _ in held_out}
     kept, equal, known = [], 0, 0
@@ -155,9 +152,7 @@ def encode_pairs(tokenizer, stops, pairs, cfg, held_out=()):
             known += 1
         else:
             kept += [(p, chosen), (p, rejected)]
-    if equal + known:
-        say(f"dropped of {len(pairs)} pairs: {equal} of equal tokens, {known} whose prompt is also "
-            "held out")
+    say(f"dropped of {len(pairs)} pairs: {equal} of equal tokens, {known} whose prompt is held out")
     return kept
 
 
@@ -169,169 +164,158 @@ MAY_DIFFER = ("out", "micro_batch_size", "generation_batch_size", "grad_checkpoi
 def check_out(cfg):
     """Before anything is loaded: may this run go to OUT? True if it is finished there. Nothing is
     touched."""
-    parent = os.path.abspath(cfg.out)
-    while not os.path.exists(parent):
-        parent = os.path.dirname(parent)
-    try:
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:
-        fail(f"--out {cfg.out} cannot be written: {error}")
+    out = Path(cfg.out)
+    place = out.absolute()                               # the part of OUT's path that exists
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.W_OK | os.X_OK):
+        fail(f"--out {out} cannot be written")
     if cfg.wandb and not importlib.util.find_spec("wandb"):
         fail("--wandb needs the package: pip install wandb")
-    names = glob.glob("*", root_dir=cfg.out)
-    if not os.path.exists(f"{cfg.out}/config.json"):
-        if names and names != ["config.json.tmp"]:
-            fail(f"{cfg.out} holds other files; give another --out")
-        return False
-    with open(f"{cfg.out}/config.json") as f:
-        old = json.load(f)
-    for name, value in asdict(cfg).items():
-        if name not in MAY_DIFFER and old.get(name) != value:
-            fail(f"{cfg.out} holds a run with another config (--{name} was {old.get(name)!r}, now "
-                 f"{value!r}); give another --out")
+    names = {path.name for path in out.glob("*")}
+    if "config.json" in names:
+        old = json.loads((out / "config.json").read_text())
+        for name, value in asdict(cfg).items():
+            if name not in MAY_DIFFER and old.get(name) != value:
+                fail(f"{out} holds a run whose --{name} was {old.get(name)}; give another --out")
+    elif names and "checkpoint" not in names:            # that comes before config.json
+        fail(f"{out} holds other files; give another --out")
     finished = "model" in names and "checkpoint" not in names
     if finished:
-        say(f"{cfg.out}: already finished (delete the folder to run again)")
+        say(f"{out}: already finished (delete the folder to run again)")
     return finished
 
 
 def training_state(model, optimizer):
-    """Weights and moments, sharded. Rates, the order of data and random draws are functions of the
-    step: there is nothing else to remember."""
+    """Weights and moments, sharded: the live tensors, so that to load into them is to go on. Rates,
+    the order of data and random draws are functions of the step: nothing else is to be kept."""
     weights, moments = get_state_dict(model, optimizer)
     return {"model": weights, "optimizer": moments}
 
 
 def begin_run(cfg, model, optimizer, **notes):
-    """Every input could be read: write OUT/config.json, with notes; go on from the newest
+    """Every input could be read: make OUT, write OUT/config.json, with notes; go on from the newest
     checkpoint. Returns the step to start from and OUT/metrics.jsonl, open (None but on rank 0).
     What the log says of later steps is cut off: it will come again."""
-    folder = f"{cfg.out}/checkpoint"
-    names = os.listdir(folder) if os.path.exists(folder) else []
-    step = max([int(name[5:]) for name in names if not name.endswith(".tmp")], default=0)
+    out, log = Path(cfg.out), None
+    # a checkpoint's .metadata is written last: without it a kill came before the end
+    saved = [int(path.parent.name[5:]) for path in out.glob("checkpoint/step_*/.metadata")]
+    step = max(saved, default=0)
+    if rank() == 0:
+        os.makedirs(out / "checkpoint", exist_ok=True)   # it leaves when the run is finished
+        log = open(out / "metrics.jsonl", "a+")
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)          # until this process ends
+        except BlockingIOError:
+            fail(f"{out} is in use by another process")
+        write_text(out / "config.json", json.dumps(asdict(cfg) | notes, indent=1))
+        log.seek(0)
+        for _ in range(step):
+            log.readline()
+        log.truncate(log.tell())
     if step:
-        state = training_state(model, optimizer)
-        dcp.load(state, checkpoint_id=f"{folder}/step_{step}")
-        set_state_dict(model, optimizer, model_state_dict=state["model"],
-                       optim_state_dict=state["optimizer"])
-        say(f"{cfg.out}: going on after step {step}")
-    if rank() > 0:
-        return step, None
-    os.makedirs(folder, exist_ok=True)                   # it leaves when the run is finished
-    log = open(f"{cfg.out}/metrics.jsonl", "a+")
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)          # until this process ends
-    except BlockingIOError:
-        fail(f"{cfg.out} is in use by another process")
-    write_text(f"{cfg.out}/config.json", json.dumps(asdict(cfg) | notes, indent=1))
-    log.seek(0)
-    kept = log.readlines()[:step]
-    log.truncate(len("".join(kept)))
+        dcp.load(training_state(model, optimizer), checkpoint_id=out / f"checkpoint/step_{step}")
+        say(f"{out}: going on after step {step}")
     return step, log
 
 
 def write_text(path, text):
-    with open(path + ".tmp", "w") as f:
-        f.write(text)
-    os.replace(path + ".tmp", path)                      # whole or not at all
+    """The file is there as a whole or not at all."""
+    tmp = Path(f"{path}.tmp")
+    tmp.write_text(text)
+    tmp.replace(path)
 
 
 def log_metrics(cfg, log, row):
-    """Tensors become numbers, one JSON object a line, from rank 0; a number that does not exist
-    (NaN) is null."""
-    for name, value in row.items():
-        number = value if isinstance(value, int) else float(value)
-        row[name] = number if number == number else None
+    """One JSON object a line, from rank 0: tensors become numbers, and a number that does not exist
+    (NaN) becomes null."""
     if log:
-        log.write(json.dumps(row) + "\n")
-        log.flush()
-    if log and cfg.wandb:
-        import wandb
-        wandb.run or wandb.init(project=cfg.wandb, config=asdict(cfg), name=cfg.out)
-        wandb.log(row, step=row["step"])
+        line = json.dumps(row, default=float).replace("NaN", "null")
+        print(line, file=log, flush=True)
+        if cfg.wandb:
+            import wandb
+            wandb.run or wandb.init(project=cfg.wandb, config=asdict(cfg), name=cfg.out)
+            wandb.log(row, step=row["step"])
 
 
 def show(row, names, steps, first_step, began):
     """The log line of a step."""
-    numbers = [f"{name.replace('_', ' ')} {row[name]:,.3f}" for name in names
-               if row.get(name) is not None]
-    left = (time.time() - began) / (row["step"] - first_step) * (steps - row["step"])
-    say(f"step {row['step']}/{steps} | {' | '.join(numbers)} | {left:,.0f} s left")
+    step = row["step"]
+    numbers = [f"{name} {row[name]:,.3f}," for name in names if name in row]
+    left = (time.time() - began) / (step - first_step) * (steps - step)
+    say(f"step {step}/{steps}:", *numbers, f"{left:,.0f} s left")
 
 
 def save(cfg, step, trained, optimizer, exported, tokenizer, dtype):
-    """OUT/model, to use, and OUT/checkpoint/step_N, to go on from: each whole, or not there."""
+    """OUT/model, to use, and OUT/checkpoint/step_N, to go on from; then the older one goes."""
     export(exported, tokenizer, f"{cfg.out}/model", dtype)
-    folder = f"{cfg.out}/checkpoint/step_{step}"
+    newest = Path(cfg.out, f"checkpoint/step_{step}")
+    dcp.save(training_state(trained, optimizer), checkpoint_id=newest)
     if rank() == 0:
-        shutil.rmtree(folder + ".tmp", ignore_errors=True)
-    dist.barrier()
-    dcp.save(training_state(trained, optimizer), checkpoint_id=folder + ".tmp")
-    if rank() == 0:
-        os.replace(folder + ".tmp", folder)
-        for name in os.listdir(f"{cfg.out}/checkpoint"):
-            if name != f"step_{step}":
-                shutil.rmtree(f"{cfg.out}/checkpoint/{name}")
+        for folder in newest.parent.iterdir():
+            if folder != newest:
+                shutil.rmtree(folder)
 
 
 def export(model, tokenizer, folder, dtype):
-    """A Hugging Face checkpoint in dtype, with its tokenizer. All ranks gather, rank 0 writes."""
+    """A Hugging Face checkpoint in dtype, with its tokenizer. All ranks gather, rank 0 writes; the
+    folder is there as a whole or not at all."""
+    hf, tmp = model.hf, f"{folder}.tmp"
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
+    weights = get_model_state_dict(hf, options=options)
     if rank() == 0:
-        weights = {name.removeprefix("hf."): w.to(dtype) for name, w in weights.items()}
-        for name in model.hf.all_tied_weights_keys:      # stored once, under the other name
-            weights.pop(name, None)
-        shutil.rmtree(folder + ".tmp", ignore_errors=True)
-        model.hf.save_pretrained(folder + ".tmp", state_dict=weights)
-        model.hf.config.dtype = dtype                    # save_pretrained noted the masters' fp32
-        model.hf.config.save_pretrained(folder + ".tmp")
-        tokenizer.save_pretrained(folder + ".tmp")
+        # tied weights are stored once, under the other name
+        weights = {name: w.to(dtype) for name, w in weights.items()
+                   if name not in hf.all_tied_weights_keys}
+        hf.save_pretrained(tmp, state_dict=weights)
+        hf.config.dtype = dtype                          # save_pretrained noted the masters' fp32
+        hf.config.save_pretrained(tmp)
+        tokenizer.save_pretrained(tmp)
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(folder + ".tmp", folder)
+        os.replace(tmp, folder)
 
 
 def finish_run(cfg):
     """A finished run has a model and no checkpoint."""
+    folder = Path(cfg.out, "checkpoint")
     if rank() == 0:
-        os.replace(f"{cfg.out}/checkpoint", f"{cfg.out}/checkpoint.tmp")
-        shutil.rmtree(f"{cfg.out}/checkpoint.tmp")
+        shutil.rmtree(folder.replace(f"{folder}.tmp"))   # gone at once, then removed
     say(f"wrote {cfg.out}/model")
 
 
-def run(main, Config):
+def run(main, cfg):
     """A trainer as a script."""
-    cfg = parse(Config)
     try:
         main(cfg)
     except KeyboardInterrupt:
-        say(f"\nstopped; the same command goes on from the last checkpoint in {cfg.out}")
-        sys.exit(130)
+        fail(f"stopped; the same command goes on from the last checkpoint in {cfg.out}")
     dist.destroy_process_group()
 
 
 def note_training(cfg, tokenizer, stops, config, held_out):
     """What later chapters and transformers' class must know, into the model's config.json; the
     held-out pairs into OUT/held_out.jsonl, a source that PPO can calibrate on."""
-    config.segment_granularity = cfg.granularity
-    config.segment_cutoff = cfg.cutoff if cfg.granularity == "segment" else None
-    config.segment_model = cfg.model
-    if os.path.exists(cfg.model):                        # a folder: the same from anywhere
-        config.segment_model = os.path.abspath(cfg.model)
-    config.segment_held_out = os.path.abspath(f"{cfg.out}/held_out.jsonl")
+    source = Path(cfg.out, "held_out.jsonl").absolute()
     if rank() == 0:
-        lines = [json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n"
-                 for prompt, chosen, rejected, _ in held_out]
-        write_text(config.segment_held_out, "".join(lines))
+        with open(source, "w") as f:
+            for prompt, chosen, rejected, _ in held_out:
+                row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+                print(json.dumps(row), file=f)
     # That class scores the last token that is no padding. So the pad token must stop nothing: it
     # is another special token, or a new one on a row of the embedding that is no token.
     if tokenizer.pad_token_id in [None, *stops.tolist()]:
         spare = never_sampled(tokenizer, stops)
         if len(spare):
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(int(spare[-1]))
+            tokenizer.pad_token_id = int(spare[-1])
         elif len(tokenizer) < config.vocab_size:
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    config.pad_token_id = tokenizer.pad_token_id
+    folder = Path(cfg.model)                             # or a hub id, which is no folder
+    config.update({
+        "segment_granularity": cfg.granularity,
+        "segment_cutoff": cfg.cutoff if cfg.granularity == "segment" else None,
+        "segment_model": str(folder.absolute()) if folder.exists() else cfg.model,
+        "segment_held_out": str(source),
+        "pad_token_id": tokenizer.pad_token_id})
 
 
 # ==================================================================================================
@@ -341,9 +325,9 @@ def main(cfg):
     device = setup()
     if check_out(cfg):
         return
-    ranks, dtype = dist.get_world_size(), set_precision(cfg.dtype, device)
-    if cfg.batch_size % ranks:
-        fail(f"--batch_size {cfg.batch_size} must be a multiple of the {ranks} ranks")
+    dtype = set_precision(cfg.dtype, device)
+    ranks = dist.get_world_size()
+    B = cfg.batch_size                                           # pairs a step, of all ranks
     tokenizer, stops = load_tokenizer(cfg.model)
     check_context(cfg.model, cfg.max_tokens, cfg.max_prompt_tokens)
     warn_of_world_values(cfg)
@@ -358,13 +342,12 @@ def main(cfg):
     rows = encode_pairs(tokenizer, stops, pairs, cfg, eval_rows)
     n = len(rows) // 2
     order = shuffled(n, cfg.epochs, cfg.seed)
-    steps = len(order) // cfg.batch_size
+    steps = len(order) // B
     if cfg.max_steps:
         steps = min(steps, cfg.max_steps)
-    if not steps:
-        fail(f"{cfg.data}: {n} pairs do not fill one --batch_size {cfg.batch_size}")
-    say(f"{n} pairs to train, {len(eval_rows) // 2} held out\n"
-        f"{steps} steps x {cfg.batch_size} pairs on {ranks} x {device.type}")
+    if not steps or B % ranks:
+        fail(f"{cfg.data}: {n} pairs must fill one --batch_size {B}, a multiple of {ranks} ranks")
+    say(f"{n} pairs to train, {len(eval_rows) // 2} held out; {steps} steps x {B} pairs")
     if len(eval_rows) < 200:
         say("warning: so few held-out pairs say little, and PPO calibrates on them")
 
@@ -377,37 +360,38 @@ def main(cfg):
     first_step, log = begin_run(cfg, model, optimizer)
     note_training(cfg, tokenizer, stops, model.hf.config, eval_pairs)
     _, eval_entropy = map_rows(sft, eval_rows, cfg.micro_batch_size, device)             # (2n, R)
-    eval_ends = cut_rows(eval_rows, eval_entropy, stops, cfg.cutoff, cfg.granularity)    # (2n, R)
+    eval_ends = cut_rows(eval_rows, eval_entropy, tokenizer, stops,
+                         cfg.cutoff, cfg.granularity)                                    # (2n, R)
 
     # training: Bradley-Terry on the mean of the segment rewards
     lengths = np.array([len(p) + len(r) for p, r in rows]).reshape(n, 2)         # tokens of a row
     began = time.time()
     for step in range(first_step, steps):
         step_began = time.time()
-        minibatch = order[step * cfg.batch_size:(step + 1) * cfg.batch_size]
+        minibatch = order[step * B:(step + 1) * B]               # (B,) numbers of pairs
         sums = torch.zeros(2, device=device)                     # of losses, of pairs ranked right
-        longer = lengths[minibatch].max(1)                       # (batch_size,) of a pair's rows
+        longer = lengths[minibatch].max(1)                       # (B,) of a pair's two rows
         for micro in micro_batches(longer, max(1, cfg.micro_batch_size // 2)):
             mb = [rows[2 * i + side] for i in minibatch[micro] for side in (0, 1)]       # 2b rows
             batch = pad(mb, device)
             scalars = model(*batch)                                                      # (2b, R)
             sft_entropy = torch.zeros_like(scalars)                                      # (2b, R)
             if cfg.granularity == "segment":
-                with torch.no_grad():
-                    _, sft_entropy = sft(*batch)
-            ends = cut_rows(mb, sft_entropy, stops, cfg.cutoff, cfg.granularity)         # (2b, R)
+                _, sft_entropy = sft(*batch)
+            ends = cut_rows(mb, sft_entropy, tokenizer, stops,
+                            cfg.cutoff, cfg.granularity)                                 # (2b, R)
             chosen, rejected = sequence_score(scalars, ends).view(-1, 2).T               # (b,)
             losses = bradley_terry(chosen, rejected)                                     # (b,)
-            # FSDP averages gradients over the ranks, so each pair weighs ranks / batch_size
-            (losses.sum() * ranks / cfg.batch_size).backward()
+            # FSDP averages gradients over the ranks, so each pair weighs ranks / B
+            (losses.sum() * ranks / B).backward()
             sums += torch.stack([losses, chosen > rejected]).detach().sum(1)
         rate = cfg.lr * learning_rate(step, steps)
-        grad_norm = optimizer_step(optimizer, [rate])
+        [grad_norm] = optimizer_step(optimizer, [rate])
         dist.all_reduce(sums)
 
         # what happened
         done = step + 1
-        loss, accuracy = sums / cfg.batch_size
+        loss, accuracy = sums / B
         seconds = time.time() - step_began
         row = {"step": done, "loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "lr": rate,
                "time_step": seconds, "tokens_per_second": lengths[minibatch].sum() / seconds}
@@ -418,7 +402,7 @@ def main(cfg):
             # 1 where the chosen response scores higher, 0 where lower, 1/2 for a tie
             row["eval_accuracy"] = (1 + (chosen - rejected).sign()).mean() / 2
         log_metrics(cfg, log, row)
-        if done % 10 == 0 or must_save or seconds > 5:
+        if must_save or done % 10 == 0:
             show(row, ("loss", "accuracy", "grad_norm", "tokens_per_second", "eval_accuracy"),
                  steps, first_step, began)
         if must_save:
@@ -427,4 +411,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, parse(Config))
