@@ -33,7 +33,7 @@ from segment import (Dtype, Granularity, LanguageModel, answer_text, check_conte
                      load_tokenizer, map_rows, parse, prompt_text, rank, read_rows, say,
                      segment_texts, sequence_score, set_precision, setup)
 from train_rm import ScalarModel, write_text
-from train_ppo import (banned_tokens, gold_reward, load_function, plain_copy, same_tokens, sample,
+from train_ppo import (banned_tokens, gold_reward, load_function, plain_copy, check_tokens, sample,
                        trained_how)
 
 
@@ -204,8 +204,7 @@ def judge_by_reward_model(cfg, prompts, one, two, device, dtype):
     entropy = torch.zeros_like(scalars)                                                  # (2n, R)
     if granularity == "segment":
         segment_model = getattr(model.hf.config, "segment_model", cfg.baseline)
-        if not same_tokens(load_tokenizer(segment_model)[0], tokenizer):
-            fail(f"{segment_model} cannot cut the judge's segments: its tokens are others")
+        check_tokens(tokenizer, segment_model)
         sft = load_model(segment_model, LanguageModel, device, dtype)
         _, entropy = map_rows(sft, rows, cfg.micro_batch_size, device)                   # (2n, R)
     ends = cut_rows(rows, entropy, tokenizer, stops, cutoff, granularity)                # (2n, R)
@@ -434,15 +433,14 @@ def main(cfg):
     # 1. who judges? Said before anything is sampled
     if cfg.data == Config.data:                          # the world's truth knows the world alone
         cfg.judge = cfg.judge or "data/reviews/prepare.py:gold_reward"
-    if not cfg.judge:
-        fail("--judge: name a reward model, a file.py:function, or a model at --api_base")
+    if not cfg.judge or cfg.api_base and not importlib.util.find_spec("openai"):
+        fail("--judge: name a reward model, a file.py:function, or with --api_base a model there; "
+             "that needs the package: pip install openai")
     if ".py:" in cfg.judge:
         judge = judge_by_function
         load_function(cfg.judge, "--judge")
     elif cfg.api_base:
         judge = judge_by_endpoint
-        if not importlib.util.find_spec("openai"):
-            fail("--api_base needs the package: pip install openai")
     else:
         judge = judge_by_reward_model
         trained_how(cfg.judge, cfg.trained_granularity, cfg.cutoff)

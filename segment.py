@@ -297,14 +297,13 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
     """
     hf, info = from_hub(wrap.auto_class, path, config=read_config(path, **wrap.settings),
                         dtype="auto", use_safetensors=True, output_loading_info=True)
-    if not hasattr(hf.base_model, "layers"):
-        fail(f"{path}: not supported: it is no plain stack of decoder layers")
     missing = info["missing_keys"]
     if head_std is not None:                             # (1, d), the same on every rank
         nn.init.normal_(hf.score.weight, std=head_std, generator=torch.Generator().manual_seed(0))
         missing = missing - {"score.weight"}
-    if missing:
-        fail(f"{path}: weights are missing from the checkpoint: {missing}")
+    if missing or not hasattr(hf.base_model, "layers"):
+        fail(f"{path}: not supported: it is no plain stack of decoder layers, or the checkpoint "
+             f"lacks weights: {missing}")
     model = wrap(hf)
     model.check(path)
     if grad_checkpoint:
@@ -474,10 +473,9 @@ def load_tokenizer(path):
     except OSError:
         pass                                                     # it has no such file
     stops = {tokenizer.eos_token_id, *np.ravel(eos).tolist()} - {None}
-    if not stops:
-        fail(f"{path}: no stop token; set eos_token_id in generation_config.json")
-    if len(tokenizer) > config.get_text_config().vocab_size:
-        fail(f"{path}: its tokenizer has more tokens than it has embeddings; resize them")
+    if not stops or len(tokenizer) > config.get_text_config().vocab_size:
+        fail(f"{path}: its tokenizer has more tokens than the model has embeddings, or no stop "
+             "token (eos_token_id in generation_config.json)")
     return tokenizer, torch.tensor(sorted(stops))
 
 

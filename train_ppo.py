@@ -395,13 +395,15 @@ def gold_reward(function, prompt, response, finished):
     return function(prompt, response)
 
 
-def same_tokens(mine, theirs):
-    """Do two tokenizers give every token the same id? Special tokens may be missing from one: many
-    reward models add a pad token, which nobody reads."""
+def check_tokens(mine, path):
+    """Two models that read the same ids must give every token the same id. Special tokens may be
+    missing from one: many reward models add a pad token, which nobody reads."""
+    theirs, _ = load_tokenizer(path)
     differ = {token for token, _ in mine.get_vocab().items() ^ theirs.get_vocab().items()}
     for tokenizer in (mine, theirs):
         differ -= {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    return not differ
+    if differ:
+        fail(f"{path}: its tokens are not those that it shall read, {min(differ)} for one")
 
 
 def trained_how(path, granularity, cutoff):
@@ -450,8 +452,7 @@ def main(cfg):
         rule = None
         own, own_cutoff = trained_how(cfg.reward_model, cfg.trained_granularity, cfg.cutoff)
         check_context(cfg.reward_model, max_tokens, cfg.max_prompt_tokens)
-        if not same_tokens(tokenizer, load_tokenizer(cfg.reward_model)[0]):
-            fail(f"--reward_model {cfg.reward_model}: its tokens are not those of --model")
+        check_tokens(tokenizer, cfg.reward_model)
         reward_model = load_model(cfg.reward_model, ScalarModel, device, dtype)
         held_out = getattr(reward_model.hf.config, "segment_held_out", "")
     use = cfg.granularity or own

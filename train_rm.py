@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,8 +90,7 @@ class ScalarModel(nn.Module):
         return pad_sequence(of_responses, batch_first=True)                              # (B, R)
 
     def check(self, path):
-        if self.hf.score.bias is not None:
-            fail(f"{path}: not supported: its head `score` has a bias")
+        assert self.hf.score.bias is None, f"{path}: the head `score` has a bias"
 
 
 def bradley_terry(scores_chosen, scores_rejected):
@@ -173,13 +173,14 @@ def check_out(cfg):
     if cfg.wandb and not importlib.util.find_spec("wandb"):
         fail("--wandb needs the package: pip install wandb")
     names = {path.name for path in out.glob("*")}
+    old = {}
     if "config.json" in names:
         old = json.loads((out / "config.json").read_text())
-        for name, value in asdict(cfg).items():
-            if name not in MAY_DIFFER and old.get(name) != value:
-                fail(f"{out} holds a run whose --{name} was {old.get(name)}; give another --out")
-    elif names and "checkpoint" not in names:            # that comes before config.json
-        fail(f"{out} holds other files; give another --out")
+    differs = [name for name, value in asdict(cfg).items()
+               if name not in MAY_DIFFER and old.get(name) != value]
+    if names - {"checkpoint", "metrics.jsonl"} and differs:      # those come before config.json
+        fail(f"{out} holds another run, or other files (--{differs[0]} was {old.get(differs[0])}); "
+             "give another --out")
     finished = "model" in names and "checkpoint" not in names
     if finished:
         say(f"{out}: already finished (delete the folder to run again)")
@@ -288,7 +289,8 @@ def run(main, cfg):
     try:
         main(cfg)
     except KeyboardInterrupt:
-        fail(f"stopped; the same command goes on from the last checkpoint in {cfg.out}")
+        say(f"\nstopped; the same command goes on from the last checkpoint in {cfg.out}")
+        sys.exit(130)
     dist.destroy_process_group()
 
 
