@@ -32,9 +32,8 @@ from segment import (Dtype, Granularity, LanguageModel, answer_text, check_conte
                      cut_rows, encode_chats, encode_prompts, fail, load_model, load_prompts,
                      load_tokenizer, map_rows, parse, prompt_text, rank, read_rows, say,
                      segment_texts, sequence_score, set_precision, setup)
-from train_rm import ScalarModel, write_text
-from train_ppo import (banned_tokens, gold_reward, load_function, plain_copy, check_tokens, sample,
-                       trained_how)
+from train_rm import ScalarModel, write_json
+from train_ppo import check_tokens, load_function, plain_copy, sample, trained_how
 
 
 @dataclass
@@ -43,8 +42,8 @@ class Config:
     model: str = "out/ppo/model"               # the policy: a model, or a file of its outputs
     baseline: str = "data/reviews/sft"         # what it is compared with: likewise
     data: str = "data/reviews/prompts_test.jsonl"  # prompts
-    judge: str = ""                            # file.py:function of (prompt, response), a reward
-    #                                            model, or with --api_base the name of a model there
+    judge: str = ""                            # a reward model, file.py:function of (prompt,
+    #                         response, finished), or with --api_base the name of a model there
     api_base: str = ""                         # an OpenAI-compatible URL; key: OPENAI_API_KEY
     trained_granularity: Optional[Granularity] = None  # of a released reward model
     cutoff: Optional[float] = None             # likewise, nats
@@ -84,7 +83,6 @@ def standard_error(x):
 
 def win_rate(preferences):
     """The mean outcome in percent, its standard error, and counts; a draw is exactly 1.5.
-
     >>> print(win_rate([2.0, 2.0, 1.5, 1.0, None])["win_rate"])
     62.5
     """
@@ -138,14 +136,11 @@ def logistic_fit(x, y, weight):
 
 
 def length_controlled_win_rate(preferences, len_baseline, len_model, difficulty=None, gamed=()):
-    """The win rate that a logistic regression predicts at equal length, and its standard error by
-    bootstrap over the pairs, in percent.
-
+    """The win rate at equal length by logistic regression, its standard error by bootstrap, in %.
     preferences: in [1, 2], (n,); lengths in characters, (n,); difficulty: (n,); gamed:
     [(preferences, len_baseline, len_model, difficulty)], one for each variant. With difficulty and
     gamed it is AlpacaEval 2's official figure. The raw win rate where lengths do not vary or one
-    outcome is throughout; NaN where length separates the outcomes perfectly.
-    """
+    outcome is throughout; NaN where length separates the outcomes perfectly."""
     y, x = design(preferences, len_baseline, len_model, difficulty, constant=1.0)
     m = len(y)
     if not x[:, 0].any() or np.ptp(y) == 0:
@@ -176,10 +171,9 @@ def length_controlled_win_rate(preferences, len_baseline, len_model, difficulty=
 # An answer: {"instruction", "output", "generator", "finished"}; judges that score note it there
 def judge_by_function(cfg, prompts, one, two, device, dtype):
     """The higher score wins."""
-    function = load_function(cfg.judge, "--judge")
+    function = load_function(cfg.judge)
     for answer in one + two:
-        score = float(gold_reward(function, answer["instruction"], answer["output"],
-                                  answer["finished"]))
+        score = float(function(answer["instruction"], answer["output"], answer["finished"]))
         if not math.isfinite(score):                     # NaN would pass for a draw
             fail(f"--judge gives {score} for {answer}")
         answer["score"] = score
@@ -189,7 +183,6 @@ def judge_by_function(cfg, prompts, one, two, device, dtype):
 def judge_by_reward_model(cfg, prompts, one, two, device, dtype):
     """Bradley-Terry: the policy's answer is better with probability sigmoid(its score - the
     other's), the scores read as the reward model was trained (chapter 2). All ranks share in it."""
-    granularity, cutoff = trained_how(cfg.judge, cfg.trained_granularity, cfg.cutoff)
     tokenizer, stops = load_tokenizer(cfg.judge)
     chats = [(prompt, [a["output"], b["output"]], f"the answers to {prompt}")
              for prompt, a, b in zip(prompts, one, two)]
@@ -202,12 +195,13 @@ def judge_by_reward_model(cfg, prompts, one, two, device, dtype):
     model = load_model(cfg.judge, ScalarModel, device, dtype)
     scalars = map_rows(model, rows, cfg.micro_batch_size, device)                        # (2n, R)
     entropy = torch.zeros_like(scalars)                                                  # (2n, R)
-    if granularity == "segment":
+    if cfg.trained_granularity == "segment":
         segment_model = getattr(model.hf.config, "segment_model", cfg.baseline)
         check_tokens(tokenizer, segment_model)
         sft = load_model(segment_model, LanguageModel, device, dtype)
         _, entropy = map_rows(sft, rows, cfg.micro_batch_size, device)                   # (2n, R)
-    ends = cut_rows(rows, entropy, tokenizer, stops, cutoff, granularity)                # (2n, R)
+    ends = cut_rows(rows, entropy, tokenizer, stops,
+                    cfg.cutoff, cfg.trained_granularity)                                 # (2n, R)
     scores = sequence_score(scalars, ends)                                               # (2n,)
     for i, (_, r) in enumerate(rows):
         answers[i]["score"] = scores[i].item()
@@ -232,8 +226,7 @@ SETTINGS = [{"temperature": 0, "logprobs": True, "top_logprobs": 5}, {"temperatu
 VERDICT = re.compile(r"""(?mx) ^ [^\w#\n]*
     (?: (?: THE | MY | I | SO | THUS | HENCE | THEREFORE | OVERALL | FINAL | BETTER | BEST
           | PREFERRED | REPLY | RESPONSE | OUTPUT | ANSWER | OPTION | ASSISTANT | LETTER | CHOICE
-          | VERDICT | WINNER | PREFERENCE | DECISION | JUDGMENT | JUDGEMENT | CONCLUSION
-          | BOXED | TEXT
+          | VERDICT | WINNER | PREFERENCE | DECISION | JUDGE?MENT | CONCLUSION | BOXED | TEXT
           | IS | WOULD | RATHER | HAVE | RECEIVED | CHOOSE | PREFER | PICK | SELECT ) \b [^\w\n]* )*
     \b ([AB]) \b (?: [ ]IS [ ] (?: THE [ ] )? BETTER )? [^\w?:\n]* $""")
 
@@ -268,9 +261,8 @@ def judge_by_endpoint(cfg, prompts, one, two, device, dtype):
             if trouble:
                 break
             try:
-                reply = client.chat.completions.create(
-                    model=cfg.judge, messages=messages, **settings)
-                return question, read_verdict(reply)
+                return question, read_verdict(client.chat.completions.create(
+                    model=cfg.judge, messages=messages, **settings))
             except ValueError:
                 break                                    # no JSON: the next run asks again
             except openai.OpenAIError as error:
@@ -298,8 +290,7 @@ def judge_by_endpoint(cfg, prompts, one, two, device, dtype):
 
 
 def read_verdict(reply):
-    """The probability that B is better, or None if the reply does not say: verdicts are looked for
-    behind any thinking, and all must agree."""
+    """The probability that B is better, or None: all verdicts of the reply must agree."""
     import openai
     if not getattr(reply, "choices", None):
         raise openai.OpenAIError(f"no choices in the reply: {reply}")
@@ -314,19 +305,17 @@ def read_verdict(reply):
     for token in at_letter[-1:]:                         # ... at the letter
         for other in token.top_logprobs or []:
             # "A" and " A" are two tokens
-            p[other.token.strip()] += math.exp(other.logprob)
+            p[other.token.strip().upper()] += math.exp(other.logprob)
     return p["B"] / (p["A"] + p["B"])
 
 
-# ==================================================================================================
-# Plumbing. Answers: sampled, or read from a file
-# ==================================================================================================
+# == Plumbing. Answers: sampled, or read from a file ===============================================
 def name_of(source):
     """What tables call it: out/ppo/model -> ppo, results/claude.json -> claude"""
     return os.path.basename(re.sub(r"/model/?$|/$|\.json[^/]*$", "", source))
 
 
-def answers_of(cfg, source, luck, prompts, device, dtype):
+def answers_of(cfg, source, side, prompts, device, dtype):
     """A file's rows of alpaca_eval outputs, in the prompts' order, or a model's answers."""
     asked = [prompt_text(prompt) for prompt in prompts]
     if re.search(r"\.json[^/]*$", source):
@@ -339,16 +328,14 @@ def answers_of(cfg, source, luck, prompts, device, dtype):
     tokenizer, stops = load_tokenizer(source)
     ids = encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens, cfg.data)
     model = plain_copy(load_model(source, LanguageModel, device, dtype), dtype, device)
-    banned = banned_tokens(tokenizer, stops, model.config.vocab_size).to(device)
-    seeds = [(cfg.seed, luck, b) for b in range(len(ids))]
-    tokens, _, lengths = sample(model, ids, stops, cfg.max_new_tokens, seeds,
-                                cfg.generation_batch_size, cfg.temperature, banned)      # (n, R)
+    seeds = [(cfg.seed, side, b) for b in range(len(ids))]               # their own luck
+    tokens, _, lengths = sample(model, tokenizer, ids, stops, cfg.max_new_tokens, seeds,
+                                cfg.generation_batch_size, cfg.temperature)              # (n, R)
     answers = []
     for instruction, row, length in zip(asked, tokens, lengths):
-        answers.append({"instruction": instruction,
-                        "output": answer_text(tokenizer, stops, row[:length]),
-                        "generator": name_of(source),
-                        "finished": row[length - 1] in stops})
+        output = answer_text(tokenizer, stops, row[:length])
+        answers.append({"instruction": instruction, "output": output,
+                        "generator": name_of(source), "finished": row[length - 1] in stops})
     say(f"sampled the answers of {source}")
     return answers
 
@@ -377,6 +364,8 @@ LINE = """{}
 
 def report(cfg, policies):
     """The figures of [(policy, its annotations)]: printed, in OUT/leaderboard.csv, on a page."""
+    if rank() > 0:
+        return
     difficulty = None
     if cfg.difficulty:
         difficulty = json.loads(Path(cfg.difficulty).read_text())
@@ -394,14 +383,13 @@ def report(cfg, policies):
         except (ValueError, LookupError, TypeError) as error:
             fail(f"{name}: {error!r}: annotations need a preference in [1, 2] or null; output_1 "
                  "and output_2, or len_1 and len_2; an index, or as many rows as --difficulty has")
-        say(LINE.format(name, len(rows), columns[1].mean(), **row).replace("nan", "-"))
+        say(LINE.format(name, len(rows), columns[1].mean(), **row).replace(" nan", " -"))
         if rows[0].get("score_2") is not None:
             scores = [[pair["score_2"], pair["score_1"]] for pair in rows]               # (n, 2)
             say("  mean score         {:+.3f} vs {:+.3f}".format(*np.mean(scores, 0)))
         # NaN: an empty cell, and null on the page
         table.append({"": name} | {k: None if v != v else v for k, v in row.items()})
-    os.makedirs(cfg.out, exist_ok=True)
-    write_text(f"{cfg.out}/config.json", json.dumps(asdict(cfg), indent=1))
+    write_json(f"{cfg.out}/config.json", asdict(cfg))
     with open(f"{cfg.out}/leaderboard.csv", "w") as f:
         leaderboard = csv.DictWriter(f, table[0], lineterminator="\n")
         leaderboard.writeheader()
@@ -413,13 +401,11 @@ def report(cfg, policies):
         data = json.dumps(page).replace("<", "\\u003c")
         text = Path(__file__).parent.joinpath("assets/page.html").read_text()
         text = text.replace("{{nonce}}", os.urandom(16).hex()).replace("{{data}}", data)
-        write_text(f"{cfg.out}/index.html", text)
+        Path(cfg.out, "index.html").write_text(text)
     say(f"wrote {cfg.out}")
 
 
-# ==================================================================================================
-# The run
-# ==================================================================================================
+# == The run =======================================================================================
 def main(cfg):
     device = setup()
     dtype = set_precision(cfg.dtype, device)
@@ -428,46 +414,41 @@ def main(cfg):
         for source in cfg.annotations:
             rows = list(read_rows(source))
             policies.append((rows[0].get("generator_2", source), rows))
-        return report(cfg, policies) if rank() == 0 else None
+        return report(cfg, policies)
 
     # 1. who judges? Said before anything is sampled
     if cfg.data == Config.data:                          # the world's truth knows the world alone
         cfg.judge = cfg.judge or "data/reviews/prepare.py:gold_reward"
     if not cfg.judge or cfg.api_base and not importlib.util.find_spec("openai"):
-        fail("--judge: name a reward model, a file.py:function, or with --api_base a model there; "
-             "that needs the package: pip install openai")
+        fail("--judge: a model, file.py:function, or a name at --api_base (pip install openai)")
     if ".py:" in cfg.judge:
         judge = judge_by_function
-        load_function(cfg.judge, "--judge")
+        load_function(cfg.judge)
     elif cfg.api_base:
         judge = judge_by_endpoint
     else:
         judge = judge_by_reward_model
-        trained_how(cfg.judge, cfg.trained_granularity, cfg.cutoff)
+        cfg.trained_granularity, cfg.cutoff = trained_how(cfg, cfg.judge)
     kept = Path(cfg.out, "annotations.json")
     if kept.exists() and json.loads(kept.read_text())[0]["annotator"] != cfg.judge:
         fail("--out holds the preferences of another judge; give another folder")
 
-    # 2. both answer the same prompts, each with luck of its own
+    # 2. both answer the same prompts: two, the policy; one, the baseline
     prompts = load_prompts(cfg.data, cfg.max_samples)
     two = answers_of(cfg, cfg.model, 1, prompts, device, dtype)
     one = answers_of(cfg, cfg.baseline, 0, prompts, device, dtype)
-    if rank() == 0:
-        os.makedirs(cfg.out, exist_ok=True)
-        write_text(f"{cfg.out}/policy.json", json.dumps(two, indent=1))
-        write_text(f"{cfg.out}/baseline.json", json.dumps(one, indent=1))
+    write_json(f"{cfg.out}/policy.json", two)
+    write_json(f"{cfg.out}/baseline.json", one)
 
     # 3. the judge prefers one
     preferences = judge(cfg, prompts, one, two, device, dtype)
-    if rank() > 0:
-        return
     pairs = []
     for a, b, preference in zip(one, two, preferences):
         pair = {"instruction": a["instruction"], "annotator": cfg.judge, "preference": preference}
         for name in ("output", "generator", "score", "segments"):
             pair |= {f"{name}_1": a.get(name), f"{name}_2": b.get(name)}
-        pairs.append(pair | {"len_1": len(a["output"]), "len_2": len(b["output"])})
-    write_text(f"{cfg.out}/annotations.json", json.dumps(pairs, indent=1))
+        pairs.append(pair)
+    write_json(f"{cfg.out}/annotations.json", pairs)
     report(cfg, [(two[0]["generator"], pairs)])
 
 

@@ -8,17 +8,15 @@ The idea (arXiv 2501.02790, section 2.2): a token is too small to deserve a rewa
 whole response is too large. Inside a phrase the next token is nearly certain; where a new thought
 starts it is wide open. So the entropy of the SFT model's next token marks where segments end.
 
-Legend of all four chapters: B batch, P prompt, R response, T = P + R, V vocabulary, d hidden size,
-N any number of tokens. Sequences are [prompt | response | padding], and (B, R) tensors hold one
-number for each response token. Response token r stands at position P + r:
+Legend of all four chapters: B rows in a batch, P tokens of a row's prompt, R response tokens of the
+longest row, T tokens of the longest sequence, V vocabulary, d hidden size, N any number of tokens;
+lower-case b, r, n: of a part of them. Sequences are [prompt | response | padding], and (B, R)
+tensors hold one number for each response token. Response token r stands at position P + r:
     at P + r      its segment end, its scalar reward and the entropy *after* it are read,
     at P + r - 1  its log-probability and its critic value: there the model decided on it.
 
 What differs from the authors' code: one vectorised segmentation for all rows; the end of a response
 is known by its length, never searched for by a pad or EOS id.
-
-Below the double ruler is the plumbing that all chapters share: settings, several GPUs, data, chat
-templates.
 """
 import glob
 import inspect
@@ -41,8 +39,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
-                          HfArgumentParser)
-from transformers import logging as hf_logging
+                          HfArgumentParser, logging as hf_logging)
 
 Granularity = Literal["segment", "token", "bandit"]
 Dtype = Literal["auto", "bf16", "fp32"]
@@ -63,20 +60,18 @@ class Config:
 
 # -- The method. 1. entropy: how open is the next token? -------------------------------------------
 def logprobs_and_entropy(hidden, head_weight, targets):
-    """log p(target), and the entropy (nats) of p = softmax(hidden @ head_weight.T). Equation (1).
-
-    hidden: (N, d); head_weight: (V, d); targets: int (N,). Returns (N,), (N,) in fp32, for logits
-    in bf16 would bias the entropy.
-    """
+    """log p(target), and the entropy (nats) of p = softmax(hidden @ head_weight.T), equation (1).
+    hidden: (N, d); head_weight: (V, d); targets: int (N,). Returns (N,), (N,) in fp32: logits in
+    bf16 would bias the entropy."""
     logp = (hidden.float() @ head_weight.float().T).log_softmax(-1)              # (N, V)
     entropy = -(logp.exp() * logp).sum(-1)                                       # (N,)
     return logp.gather(-1, targets[:, None])[:, 0], entropy
 
 
 def token_logprobs_and_entropy(hidden, head_weight, targets, chunk=None):
-    """The same, `chunk` tokens at a time (default: 128 MB of logits), so that (N, V) never exists.
-    Differentiable: the backward pass computes each chunk again."""
-    chunk = chunk or 2 ** 25 // len(head_weight)
+    """The same, `chunk` tokens at a time (default: 128 MB of logits), so that (N, V) never exists:
+    not in the backward pass either, which computes each chunk again."""
+    chunk = chunk or 128 * 2 ** 20 // (4 * len(head_weight))
     weight = head_weight.float()                                                 # once for all
     parts = [checkpoint(logprobs_and_entropy, h, weight, t, use_reentrant=False,
                         preserve_rng_state=False)
@@ -88,15 +83,14 @@ def token_logprobs_and_entropy(hidden, head_weight, targets, chunk=None):
 # -- The method. 2. segments: where do they end, where do they lie, what is a response's score? ----
 def segment_ends(entropy, mask, finished, cutoff, granularity):
     """Which response tokens end a segment (paper section 2.2).
-
     entropy: (B, R) nats, of the token *after* each response token; mask: bool (B, R), True on the
     response's tokens, end-of-turn token included; finished: bool (B,), the last token is an
     end-of-turn token. Returns bool (B, R). segment: where entropy > cutoff, and at the last content
-    token; token: at every content token; bandit: at the last token. The end-of-turn token belongs
-    to no segment, unless it is all there is.
-
+    token; token: at every content token; bandit: at the very last token. But for bandit, the
+    end-of-turn token belongs to no segment, unless it is all there is.
     >>> h = torch.tensor([[0.1, 2.5, 0.1, 0.3, 9.0]])       # the last is the end-of-turn token
-    >>> segment_ends(h, h > 0, torch.tensor([True]), cutoff=2.0, granularity="segment").int()
+    >>> mask = torch.ones(1, 5, dtype=torch.bool)
+    >>> segment_ends(h, mask, torch.tensor([True]), cutoff=2.0, granularity="segment").int()
     tensor([[0, 1, 0, 1, 0]], dtype=torch.int32)
     """
     length = mask.sum(1, keepdim=True)                                           # (B, 1)
@@ -104,7 +98,7 @@ def segment_ends(entropy, mask, finished, cutoff, granularity):
     r = torch.arange(mask.shape[1], device=mask.device)                          # (R,)
     is_content = r < content                                                     # (B, R)
     if granularity == "segment":
-        return (entropy > cutoff) & is_content | (r == content - 1)
+        return ((entropy > cutoff) & is_content) | (r == content - 1)
     if granularity == "token":
         return is_content
     if granularity == "bandit":
@@ -114,9 +108,7 @@ def segment_ends(entropy, mask, finished, cutoff, granularity):
 
 def segment_locations(ends):
     """Relative location p = i/n of the i-th of n segments, written at its last token (section 2.3).
-
     ends: bool (B, R). Returns float (B, R), 0 where no segment ends.
-
     >>> segment_locations(torch.tensor([[False, True, False, True]]))
     tensor([[0.0000, 0.5000, 0.0000, 1.0000]])
     """
@@ -130,28 +122,32 @@ def sequence_score(values, ends):
 
 
 # -- The language model: of each response token its log-probability, and the entropy after it ------
+def parts_of(rows, starts, lens):
+    """row[start:start + len] of each row of (B, T, ...): a list of (len, ...)"""
+    return [row[start:start + n] for row, start, n in zip(rows, starts, lens)]
+
+
 class LanguageModel(nn.Module):
     auto_class = AutoModelForCausalLM
-    settings = {}                                        # of the checkpoint's config
+    settings = {}                                        # load_model adds them to the config
 
     def __init__(self, hf):
         super().__init__()
         self.hf = hf
 
     def forward(self, ids, prompt_lens, response_lens):
-        """ids: (B, T) right-padded; lens: int (B,), on the CPU. Returns log-probs and entropies,
-        (2, B, R), 0 on padding. No attention mask: causal attention never looks to the right."""
+        """ids: (B, T) right-padded; lens: (B,) arrays, as `pad` makes them. Returns log-probs and
+        entropies, (2, B, R), 0 on padding. No attention mask: no token looks to its right."""
         hidden = self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state    # (B, T, d)
-        # Of each row the positions P - 1 to P + R - 1: at all but the last the log-prob of the
-        # token after it is read, at all but the first the entropy of the token after it.
-        spans = [(b, slice(p - 1, p + r))
-                 for b, (p, r) in enumerate(zip(prompt_lens, response_lens))]
-        following = ids.roll(-1, 1)                                                      # (B, T)
-        both = token_logprobs_and_entropy(                                       # (N,), (N,)
-            torch.cat([hidden[span] for span in spans]),
-            self.hf.get_output_embeddings().weight,
-            torch.cat([following[span] for span in spans]))
-        logprobs, entropies = [x.split((response_lens + 1).tolist()) for x in both]
+        # Each row is read from position P - 1 to P + R - 1. All but the last give the log-prob of
+        # the token that follows (the last has none), all but the first the entropy after a token.
+        starts = prompt_lens - 1                                                         # (B,)
+        lens = response_lens + 1                                                         # (B,)
+        states = torch.cat(parts_of(hidden, starts, lens))                               # (N, d)
+        targets = torch.cat(parts_of(ids.roll(-1, 1), starts, lens))                     # (N,)
+        head_weight = self.hf.get_output_embeddings().weight
+        both = token_logprobs_and_entropy(states, head_weight, targets)          # (N,), (N,)
+        logprobs, entropies = [x.split(lens.tolist()) for x in both]
         logprobs = pad_sequence([row[:-1] for row in logprobs], batch_first=True)        # (B, R)
         entropies = pad_sequence([row[1:] for row in entropies], batch_first=True)       # (B, R)
         return torch.stack([logprobs, entropies])
@@ -163,13 +159,10 @@ class LanguageModel(nn.Module):
         logits = (self.hf.base_model(ids).last_hidden_state
                   @ self.hf.get_output_embeddings().weight.T)
         if not torch.allclose(self.hf(ids).logits, logits, atol=5e-2, rtol=1e-2):
-            fail(f"{path}: not supported: its logits are not finite, or its head is more than a "
-                 "matrix (bias, scale, soft-capping)")
+            fail(f"{path}: not supported: logits not finite, or a head that is more than a matrix")
 
 
-# ==================================================================================================
-# Plumbing. Errors and settings
-# ==================================================================================================
+# == Plumbing. Errors and settings =================================================================
 def fail(message):
     """The user's mistake: one line, exit code 2. All ranks fail alike and rank 0 speaks."""
     say("error:", textwrap.shorten(message, 600), file=sys.stderr)
@@ -182,7 +175,7 @@ def parse(Config, argv=None):
     argv = read_flags(argv or sys.argv[1:])
     if "--help" in argv:
         flags = re.sub(r"(?m)^    (\w+): ", r"    --\1 ", inspect.getsource(Config))
-        print(inspect.getmodule(Config).__doc__, flags, sep="\n")
+        print(inspect.getmodule(Config).__doc__, flags)
         raise SystemExit(0)
     parser = HfArgumentParser(Config, allow_abbrev=False, add_help=False)
     parser.error = fail
@@ -193,8 +186,7 @@ def parse(Config, argv=None):
 
 
 def read_flags(words, folder=""):
-    """@file stands for the flags in it, with comments and blank lines; later flags override. A file
-    that a file names lies beside it."""
+    """@file stands for its flags; a file that it names lies beside it. Later flags override."""
     flags = []
     for word in words:
         path = Path(folder, word[1:])
@@ -206,8 +198,8 @@ def read_flags(words, folder=""):
 
 
 def warn_of_world_values(cfg):
-    """The defaults are the embedded world's. With another model, name those that the paper has
-    otherwise: Config's comments say so."""
+    """With another model, name the flags that are still as in the embedded world, though the paper
+    has another value: it stands in the comments of Config."""
     Config = type(cfg)
     if cfg.model != Config.model:
         papers = re.findall(r"(\w+): .*\(paper: (.+)\)", inspect.getsource(Config))
@@ -246,8 +238,7 @@ def say(*args, file=None):
 
 
 def set_precision(name, device):
-    """--dtype -> the torch dtype to compute in. In bf16 a GPU may use TF32 for the fp32 logits:
-    it multiplies bf16 numbers exactly."""
+    """--dtype -> the torch dtype to compute in. TF32 multiplies bf16 numbers exactly: so use it."""
     bf16 = name == "bf16" or name == "auto" and device.type == "cuda"
     torch.backends.cuda.matmul.allow_tf32 = bf16
     return torch.bfloat16 if bf16 else torch.float32
@@ -263,7 +254,7 @@ def from_hub(auto_class, path, **settings):
 
 
 def read_config(path, **settings):
-    """A checkpoint's config, without noise: a noisy ratio or reward is no ratio or reward."""
+    """A checkpoint's config, without dropout and its like: reading a row twice must agree."""
     config = from_hub(AutoConfig, path, **settings)
     for name in config.to_dict():
         if re.search("dropout|pdrop|jitter|layerdrop", name):
@@ -272,8 +263,8 @@ def read_config(path, **settings):
 
 
 def context_of(path):
-    """The tokens that a model takes. Beyond its original context, longrope turns all rows of a
-    batch by the longest: a row's numbers would depend on its neighbours."""
+    """The tokens that a model takes. Beyond its original context, longrope changes the positions of
+    a whole batch by its longest row: a row's numbers would depend on its neighbours."""
     config = read_config(path).get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
@@ -289,12 +280,10 @@ def check_context(path, max_tokens, max_prompt_tokens):
 
 def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, head_std=None):
     """A Hugging Face checkpoint as a model whose weights are sharded over the ranks (FSDP2).
-
     wrap: LanguageModel or train_rm.ScalarModel. Every rank reads the whole file into host memory,
     safetensors alone, in its own precision; fully_shard keeps 1/N of a layer and moves that to the
     device. train: fp32 master weights, computing in dtype, gradients reduced in fp32; else frozen,
-    in dtype. head_std: draw the scalar head anew, with this standard deviation.
-    """
+    in dtype. head_std: draw the scalar head anew, with this standard deviation."""
     hf, info = from_hub(wrap.auto_class, path, config=read_config(path, **wrap.settings),
                         dtype="auto", use_safetensors=True, output_loading_info=True)
     missing = info["missing_keys"]
@@ -302,8 +291,7 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
         nn.init.normal_(hf.score.weight, std=head_std, generator=torch.Generator().manual_seed(0))
         missing = missing - {"score.weight"}
     if missing or not hasattr(hf.base_model, "layers"):
-        fail(f"{path}: not supported: it is no plain stack of decoder layers, or the checkpoint "
-             f"lacks weights: {missing}")
+        fail(f"{path}: not supported: no plain stack of layers, or weights are missing: {missing}")
     model = wrap(hf)
     model.check(path)
     if grad_checkpoint:
@@ -317,7 +305,8 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
         # Resharded even at the root: after a forward without a backward its weights would stay
         # whole, and the optimizer and checkpoints would find plain tensors instead of shards.
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    return model.train().requires_grad_(train)       # gradient checkpointing runs in train() alone
+    # train(), for gradient checkpointing needs it; nothing else differs, as dropout is 0
+    return model.train().requires_grad_(train)
 
 
 def pad(rows, device):
@@ -327,6 +316,11 @@ def pad(rows, device):
     ids = pad_sequence(whole, batch_first=True)                                          # (B, T)
     prompt_lens, response_lens = np.array([(len(p), len(r)) for p, r in rows]).T
     return ids.to(device, non_blocking=True), prompt_lens, response_lens
+
+
+def row_lengths(rows):
+    """Tokens of prompt and response together, (B,)"""
+    return np.array([len(p) + len(r) for p, r in rows])
 
 
 def response_mask(rows, stops, device):
@@ -339,33 +333,30 @@ def response_mask(rows, stops, device):
 
 def cut_rows(rows, entropy, tokenizer, stops, cutoff, granularity):
     """The segment ends of rows, bool (B, R): the one place where trainers, judges and this script
-    cut. It sees the tokens, so another way to cut is a branch here and a word in Granularity."""
+    cut. To cut in another way, by the tokens' texts say, add a branch here (so it is given the
+    tokenizer) and a word to Granularity."""
     mask, finished = response_mask(rows, stops, entropy.device)                # (B, R), (B,)
     return segment_ends(entropy, mask, finished, cutoff, granularity)
 
 
 def micro_batches(lengths, size):
-    """This rank's share of the rows, longest first, at most `size` at a time: a list of index
-    arrays. Dealt before they are cut, so that all ranks run as many forwards (the number of rows
-    must be a multiple of the ranks).
-
+    """This rank's share of the rows, longest first, at most `size` at a time: index arrays. Rows
+    are dealt to the ranks in turn, so that all run as many forwards (if they divide the rows).
     >>> _ = setup()
     >>> micro_batches([5, 9, 2, 8], size=3)
     [array([1, 3, 0]), array([2])]
     """
     longest_first = np.argsort(np.negative(lengths), kind="stable")
     mine = longest_first[rank()::dist.get_world_size()]
-    return np.split(mine, range(size, len(mine), size))
+    return [mine[k:k + size] for k in range(0, len(mine), size)]
 
 
 @torch.no_grad()
 def map_rows(model, rows, size, device, batches=None):
     """model(ids, prompt_lens, response_lens), (..., b, r), of all rows: (..., B, R) on the CPU of
-    every rank. This rank's batches are given, or made of `size` rows at a time; the sum over ranks
-    puts the results together."""
+    every rank. batches: this rank's; by default micro_batches of `size` rows."""
     filled = rows + rows[-1:] * (-len(rows) % dist.get_world_size())     # a multiple of the ranks
-    lengths = [len(p) + len(r) for p, r in filled]
-    batches = batches or micro_batches(lengths, size)
+    batches = batches or micro_batches(row_lengths(filled), size)
     R = max(len(r) for _, r in rows)
     parts = []
     for batch in batches:
@@ -380,15 +371,14 @@ def map_rows(model, rows, size, device, batches=None):
 
 # -- Plumbing. Data: preferences and prompts as message lists, read by the datasets package --------
 def read_rows(source, limit=0):
-    """A hub id or a .json(l)(.gz), .csv or .parquet file, each with or without a part of it
-    ("pairs.jsonl:train[98%:]"), as a datasets.Dataset."""
+    """A hub id or a .json(l)(.gz), .csv or .parquet file, or a part: "pairs.jsonl:train[98%:]"."""
     import datasets                                              # here, because it takes a second
     datasets.disable_progress_bars()
     name, _, part = source.partition(":")
     kind = name
     files = None
     if os.path.isfile(name):                 # escaped: datasets takes pairs[1].jsonl for a pattern
-        kind = re.search("csv|parquet|$", name)[0] or "json"
+        kind = re.search(r"csv$|parquet$|$", name)[0] or "json"
         files = glob.escape(name)
     elif not os.path.isdir(name) and re.search(r"^[./~]|\.[A-Za-z]\w*$|\s|/.*/", name):
         fail(f"{name}: no such file")
@@ -428,8 +418,7 @@ def conversation(row, side, where):
 
 
 def load_pairs(source, limit=0):
-    """[(prompt messages, chosen text, rejected text, "SOURCE row n")]; pairs that teach nothing are
-    dropped and counted."""
+    """[(prompt messages, chosen text, rejected text, "SOURCE row n")] of pairs that can teach."""
     rows = read_rows(source, limit)
     pairs = []
     for n, row in enumerate(rows, 1):
@@ -463,8 +452,7 @@ def prompt_text(messages):
 
 # -- Plumbing. Chat encoding: the tokenizer's own template -----------------------------------------
 def load_tokenizer(path):
-    """The tokenizer and its stop tokens, (n,): EOS by the tokenizer and by generation_config (or,
-    without one, by config)."""
+    """The tokenizer and its stop tokens, (n,): its own EOS, and generation_config's or config's."""
     config = read_config(path)
     tokenizer = from_hub(AutoTokenizer, path)
     eos = config.eos_token_id
@@ -474,8 +462,7 @@ def load_tokenizer(path):
         pass                                                     # it has no such file
     stops = {tokenizer.eos_token_id, *np.ravel(eos).tolist()} - {None}
     if not stops or len(tokenizer) > config.get_text_config().vocab_size:
-        fail(f"{path}: its tokenizer has more tokens than the model has embeddings, or no stop "
-             "token (eos_token_id in generation_config.json)")
+        fail(f"{path}: more tokens than embeddings, or no eos_token_id in generation_config.json")
     return tokenizer, torch.tensor(sorted(stops))
 
 
@@ -485,19 +472,14 @@ def never_sampled(tokenizer, stops):
     return np.setdiff1d(special, stops)
 
 
-def render(tokenizer, messages, where, **kwargs):
-    """Messages -> text by the chat template, on the date that Llama-3's has without one: tokens
-    must not change overnight."""
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, date_string="26 Jul 2024",
-                                             **kwargs)
-    except Exception as error:
-        fail(f"{where}: the chat template refuses it ({error})")
+def render(tokenizer, messages, **kwargs):
+    """Messages -> text by the chat template, on one date: tokens must not change overnight."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, date_string="26 Jul 2024",
+                                         **kwargs)
 
 
 def tokenize(tokenizer, texts):
-    """[text] -> [int32 ids]; the template has put BOS and EOS where they belong. Many at a time:
-    the tokenizer shares them among the CPU's cores."""
+    """[text] -> [int32 ids], many at a time: the tokenizer shares them among the CPU's cores."""
     encoded = []
     size = 50_000
     for first in range(0, len(texts), size):
@@ -508,64 +490,58 @@ def tokenize(tokenizer, texts):
     return encoded
 
 
-def cut_prompts(prompts, limit):
+def cut_prompts(prompts, limit, source):
     """[ids] -> each prompt's first token (BOS) and its last limit - 1; how many is said."""
     long = sum(len(ids) > limit for ids in prompts)
     if long:
-        say(f"{long} of {len(prompts)} prompts were cut to {limit} tokens")
+        say(f"{source}: {long} of {len(prompts)} prompts were cut to {limit} tokens")
     return [np.delete(ids, range(1, 1 + len(ids) - limit)) for ids in prompts]
 
 
 def encode_prompts(tokenizer, prompts, max_tokens, source):
     """[messages] -> [int32 ids], cut to max_tokens."""
-    texts = [render(tokenizer, messages, f"{source} row {n}", add_generation_prompt=True)
-             for n, messages in enumerate(prompts, 1)]
-    return cut_prompts(tokenize(tokenizer, texts), max_tokens)
+    texts = [render(tokenizer, prompt, add_generation_prompt=True) for prompt in prompts]
+    return cut_prompts(tokenize(tokenizer, texts), max_tokens, source)
 
 
 def encode_chats(tokenizer, stops, chats, max_tokens, max_prompt_tokens):
     """[(prompt messages, [response texts], where)] -> [(prompt ids, response ids)], int32, a row
-    for each response, end-of-turn token included; an error calls the chat `where`.
-
+    for each response; an error calls the chat `where`.
     A response is what the full conversation adds to the prompt rendered with its generation prompt,
-    up to its first stop token. A prompt is cut to max_prompt_tokens, a response to what is left of
-    max_tokens: then it is not finished.
-    """
-    texts = []
-    for prompt, responses, where in chats:
-        start = render(tokenizer, prompt, where, add_generation_prompt=True)
+    up to its first stop token, which belongs to it. A prompt is cut to max_prompt_tokens, a
+    response to what is left of max_tokens: then it is not finished."""
+    starts = [render(tokenizer, prompt, add_generation_prompt=True) for prompt, *_ in chats]
+    prompts = tokenize(tokenizer, starts)
+    cut = cut_prompts(prompts, max_prompt_tokens, "chats")
+    texts = []                                           # (number of the chat, conversation)
+    for i, (prompt, responses, _) in enumerate(chats):
         for response in responses:
-            whole = render(
-                tokenizer, [*prompt, {"role": "assistant", "content": response}], where)
-            if not whole.startswith(start):
-                fail(f"{where}: the chat template does not continue its own generation prompt")
-            texts.append((start, whole, response, where))
-    starts = list({start for start, *_ in texts})        # the sides of a pair share one
-    prompts = dict(zip(starts, tokenize(tokenizer, starts)))
-    wholes = tokenize(tokenizer, [whole for _, whole, *_ in texts])
+            answer = {"role": "assistant", "content": response}
+            texts.append((i, render(tokenizer, [*prompt, answer])))
+    wholes = tokenize(tokenizer, [text for _, text in texts])
     never = never_sampled(tokenizer, stops)
     rows = []
     endless = 0
-    for (start, whole, response, where), ids in zip(texts, wholes):
-        p = prompts[start]
+    for (i, text), ids in zip(texts, wholes):
+        p = prompts[i]
         r = ids[len(p):]
         if not np.array_equal(ids[:len(p)], p):                  # a merge crosses the border
-            [r] = tokenize(tokenizer, [whole[len(start):]])
+            [r] = tokenize(tokenizer, [text[len(starts[i]):]])
         stop = np.flatnonzero(np.isin(r, stops))
         if len(stop):
             r = r[:stop[0] + 1]
         else:
             endless += 1
-        odd = tokenizer.decode(r[np.isin(r, never)][:1])
-        if odd not in response:
-            fail(f"{where}: the chat template puts {odd} into the answer, which the policy never "
-                 "samples; it belongs into the generation prompt")
-        rows.append((p, r))
+        _, responses, where = chats[i]
+        odd = tokenizer.decode(r[np.isin(r, never)][:1])         # unless a person typed it
+        if odd not in "".join(responses) or not text.startswith(starts[i]):
+            fail(f"{where}: the chat template does not continue its own generation prompt, or puts "
+                 f"into the answer what the policy never samples: {odd}")
+        rows.append((cut[i], r[:max_tokens - len(cut[i])]))
     if endless > len(rows) / 2:
-        fail(f"{endless} of {len(rows)} responses hold no stop token: name the template's "
-             "end-of-turn token in eos_token_id of generation_config.json")
-    prompts = cut_prompts([p for p, _ in rows], max_prompt_tokens)
-    return [(p, r[:max_tokens - len(p)]) for p, (_, r) in zip(prompts, rows)]
+        fail(f"{endless} of {len(rows)} responses hold no stop token: the template's end-of-turn "
+             "token must be an eos_token_id of generation_config.json")
+    return rows
 
 
 def answer_text(tokenizer, stops, ids):
@@ -588,9 +564,7 @@ def segment_texts(tokenizer, ids, ends):
     return texts
 
 
-# ==================================================================================================
-# The script: look at segments, choose a cutoff
-# ==================================================================================================
+# == The script: look at segments, choose a cutoff =================================================
 def main(cfg):
     device = setup()
     dtype = set_precision(cfg.dtype, device)

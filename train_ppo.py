@@ -20,7 +20,6 @@ a run that was killed goes on as if nothing had been, on any number of GPUs; mas
 lengths; the critic's head starts at zero. Two defaults are the embedded world's and not the
 paper's: --reward_scale total and --missing_eos_reward -3 (the paper: none and 0).
 """
-import inspect
 import os
 import runpy
 import time
@@ -38,23 +37,21 @@ from transformers import DynamicCache
 from segment import (Dtype, Granularity, LanguageModel, answer_text, check_context, cut_rows,
                      encode_chats, encode_prompts, fail, load_model, load_pairs, load_prompts,
                      load_tokenizer, map_rows, micro_batches, never_sampled, pad, parse,
-                     prompt_text,
-                     read_config, response_mask, say, segment_locations, segment_texts,
-                     sequence_score, set_precision, setup, warn_of_world_values)
-from train_rm import (ScalarModel, begin_run, check_out, finish_run, learning_rate,
-                      log_metrics, make_optimizer, optimizer_step, run, save, show, shuffled)
+                     prompt_text, read_config, response_mask, row_lengths, say, segment_locations,
+                     segment_texts, sequence_score, set_precision, setup, warn_of_world_values)
+from train_rm import (ScalarModel, begin_run, check_out, finish_run, learning_rate, log_metrics,
+                      make_optimizer, optimizer_step, run, save, shuffled)
 
 
 @dataclass
 class Config:
     # what to train on what
     model: str = "data/reviews/sft"            # the SFT model: policy, critic, reference, entropies
-    reward_model: str = "out/rm/model"         # a model, or a rule: file.py:function of (prompt,
-    #                                            [segment texts]) -> one reward a segment
+    reward_model: str = "out/rm/model"         # or a rule, file.py:function of (prompt, [segments])
     data: str = "data/reviews/prompts.jsonl"   # prompts (paper: config/paper-ppo.args)
     out: str = "out/ppo"                       # output folder
-    gold: str = ""                             # true reward, to log: file.py:function of (prompt,
-    #                                            response); the world's data has it by default
+    gold: str = ""                             # to log: file.py:function of (prompt, response,
+    #                                            finished); the world's data has one by default
     max_samples: int = 0                       # read at most this many prompts (0: all)
     # the reward
     granularity: Optional[Granularity] = None  # where PPO gets it; default: as it was trained
@@ -62,12 +59,13 @@ class Config:
     cutoff: Optional[float] = None             # nats; default: the reward model's
     calibration_data: str = ""                 # preferences; default: what train_rm.py held out
     fit: str = ""                              # 'w_mean w_std b_mean b_std', instead of calibrating
-    normalizer: Literal["location", "global", "last", "none"] = "location"  # statistics to use
+    normalizer: Literal["location", "global", "last", "none"] = "location"  # statistics of
+    #                                            all segments by location, of all, of last ones
     interpolation: Literal["even", "repeat", "end"] = "even"  # of a segment's reward
     reward_scale: Literal["total", "none"] = "total"  # divide by S (paper: none)
     kl_coef: float = 0.03                      # price of a nat away from the SFT model (paper: .01)
     missing_eos_reward: float = -3.0           # at the end of an unfinished response (paper: 0)
-    divide_by_length: bool = False             # reward / response length (Llama-3-SFT, token)
+    divide_by_length: bool = False             # rewards / response's length, for Llama-3-SFT token
     bad_length: int = 0                        # longer or unfinished: -.05 a token (Llama-3.1: 800)
     # sampling
     rollout_batch_size: int = 64               # responses an iteration, over all GPUs (paper: 1024)
@@ -127,11 +125,11 @@ class Normalizer:
 
 
 def huber_line(x, y, epsilon=1.35):
-    """(slope, intercept) of Huber's regression of y on x, (n,) each, with the scale sigma estimated
-    along with the line (his proposal 2): residuals beyond epsilon sigma count linearly. Where x
-    does not vary the slope is 0."""
+    """(slope, intercept) of Huber's regression of y on x, (n,) each: residuals beyond epsilon sigma
+    count linearly, sigma is estimated too (his proposal 2). Where all x are 0 the slope is 0."""
     columns = np.stack([x, np.ones(len(x))], 1)                                          # (n, 2)
-    root, sigma = np.ones(len(x)), np.inf
+    root = np.ones(len(x))                                                               # (n,)
+    sigma = np.inf
     for _ in range(500):                     # least squares, weighted by root ** 2: outliers less
         line = np.linalg.lstsq(columns * root[:, None], y * root)[0]                     # (2,)
         error = np.abs(y - columns @ line) + 1e-12                                       # (n,)
@@ -143,9 +141,9 @@ def huber_line(x, y, epsilon=1.35):
 def fit_normalizer(locations, rewards):
     """Fit a Normalizer to segment rewards. locations: (N,) in (0, 1]; rewards: (N,). Segments are
     pooled by p rounded to 3 decimals; Huber regressions of the pools' means and population
-    deviations on log(mean p of the pool). ValueError for rewards that are not finite, do not vary,
-    or share no location."""
-    p, y = np.asarray(locations, float), np.asarray(rewards, float)                      # (N,)
+    deviations on log(mean p of the pool). ValueError if there is no deviation to divide by."""
+    p = np.asarray(locations, float)                                                     # (N,)
+    y = np.asarray(rewards, float)                                                       # (N,)
     _, pool, count = np.unique(p.round(3), return_inverse=True, return_counts=True)
     mean = np.bincount(pool, y) / count                                                  # (pools,)
     std = np.sqrt(np.bincount(pool, (y - mean[pool]) ** 2) / count)                      # (pools,)
@@ -160,11 +158,9 @@ def fit_normalizer(locations, rewards):
 
 def spread_rewards(rewards_at_ends, ends, mask, how):
     """Give every token its share of its segment's reward (section 2.3, "interpolation").
-
     rewards_at_ends (B, R): read where ends (bool) is True; mask: bool (B, R). even (the method):
     divided by the segment's length; repeat: the whole reward to each token; end: all at the last
     token. Returns (B, R); tokens behind the last end (the end-of-turn token) get 0.
-
     >>> ends = torch.tensor([[False, True, True, False]])
     >>> spread_rewards(torch.tensor([[0., 4., 3., 0.]]), ends, torch.ones(1, 4, dtype=bool), "even")
     tensor([[2., 2., 3., 0.]])
@@ -174,9 +170,9 @@ def spread_rewards(rewards_at_ends, ends, mask, how):
         return rewards
     segment = ends.cumsum(1) - ends.int()                # (B, R) number of ends before this token
     zeros = torch.zeros_like(rewards)
-    share = zeros.scatter_add(1, segment, rewards)                               # (B, segments)
+    share = zeros.scatter_add(1, segment, rewards)                               # (B, R) by segment
     if how == "even":
-        length = zeros.scatter_add(1, segment, mask.float())                     # (B, segments)
+        length = zeros.scatter_add(1, segment, mask.float())                     # (B, R) by segment
         share = share / length.clamp(min=1)
     return share.gather(1, segment)
 
@@ -192,7 +188,8 @@ def calibrate(rewards, ends, mask, kind, how):
     """Fit the normaliser, and S: the standard deviation over responses of the total normalised
     reward (ours: n segments sum to about n times a bandit's reward, and one KL coefficient cannot
     serve both). rewards, ends, mask: (B, R) of calibration responses. Returns Normalizer, S."""
-    p, y = segment_locations(ends)[ends], rewards[ends]                                  # (N,) each
+    p = segment_locations(ends)[ends]                                                    # (N,)
+    y = rewards[ends]                                                                    # (N,)
     if kind == "last":
         y = y[p == 1]
     if not y.std() > 1e-6 * y.abs().max():               # also where one is not finite
@@ -224,11 +221,10 @@ def dense_rewards(cfg, rewards, ends, mask, finished, normalizer, how, scale):
 # -- The method. 2. advantages and losses ----------------------------------------------------------
 def gae(rewards, values, mask, gamma, lam):
     """Generalised advantage estimation (Schulman et al. 2016, equation 16) over response tokens.
-
     All (B, R); mask: bool, a prefix of each row. Nothing is bootstrapped after the last token.
-    Returns advantages and returns = advantages + values, 0 on padding.
-    """
-    rewards, values = rewards * mask, values * mask
+    Returns advantages and returns = advantages + values, 0 on padding."""
+    rewards = rewards * mask
+    values = values * mask
     advantages = torch.zeros_like(rewards)
     last_advantage = next_value = 0.0
     for r in reversed(range(rewards.shape[1])):
@@ -241,9 +237,8 @@ def gae(rewards, values, mask, gamma, lam):
 
 def whiten(x, mask):
     """Mean 0, population deviation 1 over all valid tokens. x, mask: (B, R), of all ranks."""
-    mean = x[mask].mean()
-    deviation = x[mask].std(correction=0)
-    return torch.where(mask, (x - mean) / (deviation + 1e-8), 0.0)
+    valid = x[mask]
+    return torch.where(mask, (x - valid.mean()) / (valid.std(correction=0) + 1e-8), 0.0)
 
 
 def mean_tokens(x, mask):
@@ -274,14 +269,13 @@ class Critic(ScalarModel):
 # -- The method. 3. sampling -----------------------------------------------------------------------
 @torch.no_grad()
 def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=None):
-    """Sample a response to each prompt from the full distribution.
-
+    """Sample a response to each prompt from the full distribution (no top-k, no top-p).
     hf: a Hugging Face causal LM; prompts: B id arrays; stops: (n,) ids; seeds: a tuple of ints for
     each prompt, on which alone its sample depends, not on its batch; temperature 0: greedy; banned:
     bool (V,), never sampled. Returns tokens (B, R) int64, their log-probs (B, R) under the model,
-    and lengths (B,), the stop token included; 0 on padding.
-    """
-    device, stops = hf.device, stops.to(hf.device)
+    and lengths (B,), the stop token included; 0 on padding."""
+    device = hf.device
+    stops = stops.to(device)
     generators = []
     for seed in seeds:
         number = np.random.SeedSequence(seed).generate_state(1, np.uint64).item()
@@ -292,9 +286,9 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
                        padding_side="left")                                              # (B, P)
     P = ids.shape[1]
     ids = F.pad(ids, (0, max_new_tokens)).long().to(device)                              # (B, P+R)
-    lengths = torch.tensor([len(p) for p in prompts])                                    # (B,)
+    prompt_lens = torch.tensor([len(p) for p in prompts])                                # (B,)
     # where a token stands in its row; negative on padding
-    position = (torch.arange(-P, max_new_tokens) + lengths[:, None]).to(device)          # (B, P+R)
+    position = (torch.arange(-P, max_new_tokens) + prompt_lens[:, None]).to(device)      # (B, P+R)
     logprobs = torch.zeros(len(ids), max_new_tokens, device=device)                      # (B, R)
     row = torch.arange(len(ids), device=device)          # (b,) those that are still written
     cache = DynamicCache(config=hf.config)
@@ -321,8 +315,8 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
             use_cache=True,
             logits_to_keep=1)
         logits = output.logits[:, -1].float()                                            # (b, V)
-        # The token with the smallest Exponential(1) noise / p^(1/temperature) wins: with the
-        # probability that softmax(logits / temperature) gives it.
+        # -log of Exponential(1) noise is Gumbel noise: its argmax with the logits draws a token
+        # with the probability that softmax(logits / temperature) gives it.
         scores = logits - temperature * noise[:, r % 16].log()                           # (b, V)
         if banned is not None:
             scores = scores.masked_fill(banned, -torch.inf)
@@ -332,19 +326,16 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
 
     tokens = ids[:, P:]                                                                  # (B, R)
     stop = torch.isin(tokens, stops)                                                     # (B, R)
-    until_stop = stop.cumsum(1) - stop.int() == 0                                        # (B, R)
+    until_stop = (stop.cumsum(1) - stop.int()) == 0          # (B, R) no stop token before this one
     return tokens * until_stop, logprobs * until_stop, until_stop.sum(1)
 
 
-# ==================================================================================================
-# Plumbing. Sampling on all ranks
-# ==================================================================================================
-def sample(hf, prompts, stops, R, seeds, batch_size, temperature=1.0, banned=None):
-    """`generate` by all ranks, a part of the prompts each; every rank gets all, on the CPU: tokens
-    (B, R), log-probs (B, R), lengths (B,)."""
+# == Plumbing. Sampling on all ranks ===============================================================
+def sample(hf, tokenizer, prompts, stops, R, seeds, batch_size, temperature=1.0):
+    """`generate`, shared among the ranks; every rank gets all of its results, on the CPU."""
     B = len(prompts)
-    results = [torch.zeros(B, R, dtype=torch.long), torch.zeros(B, R),
-               torch.zeros(B, dtype=torch.long)]
+    banned = banned_tokens(tokenizer, stops, hf.config.vocab_size).to(hf.device)         # (V,)
+    results = [torch.zeros(B, R).long(), torch.zeros(B, R), torch.zeros(B).long()]
     for wave in micro_batches([len(p) for p in prompts], batch_size):
         sampled = generate(hf, [prompts[b] for b in wave], stops, R, [seeds[b] for b in wave],
                            temperature, banned)
@@ -356,8 +347,7 @@ def sample(hf, prompts, stops, R, seeds, batch_size, temperature=1.0, banned=Non
 
 
 def plain_copy(model, dtype, device):
-    """A whole Hugging Face model on every rank, to decode with: on shards, decoding would gather
-    every layer for every token."""
+    """A whole model on every rank, to decode with: shards would be gathered for every token."""
     with device:
         hf = model.auto_class.from_config(model.hf.config, dtype=dtype)
     refresh(hf, model)
@@ -381,18 +371,11 @@ def banned_tokens(tokenizer, stops, vocab_size):
 
 
 # -- Plumbing. Where rewards come from -------------------------------------------------------------
-def load_function(spec, flag):
+def load_function(spec):
     """file.py:name -> the function"""
     path, _, name = spec.rpartition(":")
     function = os.path.isfile(path) and runpy.run_path(path).get(name)
-    return function or fail(f"{flag} {spec}: must be file.py:function, and exist")
-
-
-def gold_reward(function, prompt, response, finished):
-    """f(prompt, response), and `finished` for a function that takes it."""
-    if "finished" in inspect.signature(function).parameters:
-        return function(prompt, response, finished=bool(finished))
-    return function(prompt, response)
+    return function or fail(f"{spec}: must be file.py:function, and exist")
 
 
 def check_tokens(mine, path):
@@ -406,27 +389,25 @@ def check_tokens(mine, path):
         fail(f"{path}: its tokens are not those that it shall read, {min(differ)} for one")
 
 
-def trained_how(path, granularity, cutoff):
-    """What a reward model was trained on: its config.json says it, or, for one that was released
-    without, the flags do. Returns granularity, cutoff."""
+def trained_how(cfg, path):
+    """A reward model's granularity and cutoff: its config.json says them, else the flags do."""
     config = read_config(path)
-    granularity = getattr(config, "segment_granularity", granularity)
-    cutoff = getattr(config, "segment_cutoff", cutoff)
+    granularity = getattr(config, "segment_granularity", cfg.trained_granularity)
+    cutoff = getattr(config, "segment_cutoff", cfg.cutoff)
     if granularity is None or granularity == "segment" and cutoff is None:
-        fail(f"{path} does not say how it was trained: give --trained_granularity (and --cutoff, "
-             "for segments)")
+        fail(f"{path} does not say how it was trained: give --trained_granularity and --cutoff")
     return granularity, cutoff
 
 
-# ==================================================================================================
-# The run
-# ==================================================================================================
+# == The run =======================================================================================
 def main(cfg):
     device = setup()
     if check_out(cfg):
         return
-    ranks, dtype = dist.get_world_size(), set_precision(cfg.dtype, device)
-    B, size = cfg.rollout_batch_size, cfg.micro_batch_size
+    dtype = set_precision(cfg.dtype, device)
+    ranks = dist.get_world_size()
+    B = cfg.rollout_batch_size
+    size = cfg.micro_batch_size
     max_tokens = cfg.max_prompt_tokens + cfg.max_new_tokens
     tokenizer, stops = load_tokenizer(cfg.model)
     check_context(cfg.model, max_tokens, cfg.max_prompt_tokens)
@@ -440,17 +421,15 @@ def main(cfg):
     if cfg.data == Config.data:                          # the world's truth knows the world alone
         gold = gold or "data/reviews/prepare.py:gold_reward"
         held_out = "data/reviews/pairs.jsonl:train[-400:]"
-    gold = gold and load_function(gold, "--gold")
+    gold = gold and load_function(gold)
 
-    # ----------------------------------------------------------------------------------------------
-    # the reward: what it was trained on (own), what PPO makes of it (use)
-    # ----------------------------------------------------------------------------------------------
+    # -- the reward: what it was trained on (own), what PPO makes of it (use) ----------------------
     if ".py:" in cfg.reward_model:
-        rule = load_function(cfg.reward_model, "--reward_model")
+        rule = load_function(cfg.reward_model)
         own, own_cutoff = "segment", cfg.cutoff
     else:
         rule = None
-        own, own_cutoff = trained_how(cfg.reward_model, cfg.trained_granularity, cfg.cutoff)
+        own, own_cutoff = trained_how(cfg, cfg.reward_model)
         check_context(cfg.reward_model, max_tokens, cfg.max_prompt_tokens)
         check_tokens(tokenizer, cfg.reward_model)
         reward_model = load_model(cfg.reward_model, ScalarModel, device, dtype)
@@ -467,27 +446,27 @@ def main(cfg):
         if not rule:
             rewards = map_rows(reward_model, rows, size, device, batches)                # (B, R)
             if use == "bandit":
-                own_ends = cut_rows(rows, sft_entropy, tokenizer, stops,
-                                    own_cutoff, own)                                     # (B, R)
+                own_ends = cut_rows(rows, sft_entropy, tokenizer, stops, own_cutoff, own)
                 rewards = sequence_score(rewards, own_ends)[:, None]                     # (B, 1)
             return rewards * ends, ends
         rewards = torch.zeros(ends.shape)                                                # (B, R)
-        for b, (_, response) in enumerate(rows):
+        for text, (_, response), row_ends, row in zip(texts, rows, ends, rewards):
             content = response[:-1] if response[-1] in stops else response
-            segments = segment_texts(tokenizer, content, ends[b, :len(content)])
-            rewards[b, ends[b]] = torch.tensor(rule(texts[b], segments)).float()
+            segments = segment_texts(tokenizer, content, row_ends[:len(content)])
+            row[row_ends] = torch.tensor(rule(text, segments)).float()
         return rewards, ends
 
     reference = load_model(cfg.model, LanguageModel, device, dtype)
     if cfg.fit:
-        normalizer, scale = Normalizer(*map(float, cfg.fit.split())), 1.0
+        normalizer = Normalizer(*map(float, cfg.fit.split()))
+        scale = 1.0
     else:
         held_out = cfg.calibration_data or held_out or fail(
             "--calibration_data: preferences that the reward model was not trained on")
-        examples = [(prompt, [answer], where)                                    # 2n
-                    for prompt, *answers, where in load_pairs(held_out, 2000) for answer in answers]
-        rows = encode_chats(tokenizer, stops, examples, max_tokens, cfg.max_prompt_tokens)
-        texts = [prompt_text(prompt) for prompt, *_ in examples]
+        pairs = [(prompt, answers, where)                                                # n
+                 for prompt, *answers, where in load_pairs(held_out, 2000)]
+        rows = encode_chats(tokenizer, stops, pairs, max_tokens, cfg.max_prompt_tokens)  # 2n
+        texts = [prompt_text(prompt) for prompt, answers, _ in pairs for _ in answers]   # 2n
         mask, _ = response_mask(rows, stops, "cpu")                                      # (2n, R)
         _, sft_entropy = map_rows(reference, rows, size, device)                         # (2n, R)
         rewards, ends = rewards_at_ends(rows, texts, sft_entropy)                        # (2n, R)
@@ -500,9 +479,7 @@ def main(cfg):
     calibration = {"normalizer": normalizer.to_dict(), "scale": scale}
     say(f"{own} reward used as {use}, cutoff {cutoff}: {calibration}")
 
-    # ----------------------------------------------------------------------------------------------
-    # the models that learn, and a plain copy of the actor to sample from
-    # ----------------------------------------------------------------------------------------------
+    # -- the models that learn, and a plain copy of the actor to sample from -----------------------
     actor = load_model(cfg.model, LanguageModel, device, dtype,
                        train=True,
                        grad_checkpoint=cfg.grad_checkpoint)
@@ -511,39 +488,35 @@ def main(cfg):
                         grad_checkpoint=cfg.grad_checkpoint,
                         head_std=0.0)
     sampler = plain_copy(actor, dtype, device)
-    banned = banned_tokens(tokenizer, stops, sampler.config.vocab_size).to(device)
     trained = nn.ModuleList([actor, critic])
     optimizer = make_optimizer(trained, device)
     first_step, log = begin_run(cfg, trained, optimizer, calibration=calibration)
 
     steps = cfg.max_steps or cfg.passes * len(prompts) // B
     updates = cfg.ppo_epochs * B // cfg.batch_size       # in an iteration
-    epochs = 1 + steps * B // len(prompts)
-    # rows of --data, as many as are needed                                      # (steps, B)
-    order = np.resize(shuffled(len(prompts), epochs, cfg.seed, 0), (steps, B))
+    order = shuffled(len(prompts), steps, B, cfg.seed, 0)                # (steps, B) rows of --data
     say(f"{steps} iterations x {B} responses on {ranks} x {device.type}, in each {updates} updates")
-    began = time.time()
     for step in range(first_step, steps):
         # 1. sample: each rank decodes its rows, every rank gets all of them -----------------------
         time_start = time.time()
         refresh(sampler, actor)
-        drawn = order[step]                                                              # (B,)
+        asked = [prompts[i] for i in order[step]]                                        # B
+        texts = [prompt_text(chats[i]) for i in order[step]]                             # B
+        seeds = [(cfg.seed, 1, step, b) for b in range(B)]
         tokens, sampled_logprobs, lengths = sample(                          # (B, R), (B, R), (B,)
-            sampler, [prompts[i] for i in drawn], stops, cfg.max_new_tokens,
-            [(cfg.seed, 1, step, b) for b in range(B)], cfg.generation_batch_size, banned=banned)
-        rows = [(prompts[i], row[:n].numpy()) for i, row, n in zip(drawn, tokens, lengths)]
-        texts = [prompt_text(chats[i]) for i in drawn]
+            sampler, tokenizer, asked, stops, cfg.max_new_tokens, seeds, cfg.generation_batch_size)
+        rows = [(p, row[:n].numpy()) for p, row, n in zip(asked, tokens, lengths)]       # B
         mask, finished = response_mask(rows, stops, "cpu")                       # (B, R), (B,)
 
         # 2. score: every rank gets all results, (B, R) each, on the CPU ---------------------------
         time_score = time.time()
-        row_lengths = np.array([len(p) + len(r) for p, r in rows])                       # (B,)
+        whole_lengths = row_lengths(rows)                                                # (B,)
         # The rollout is cut once into minibatches, and these into micro-batches. The models score
         # it as they will be trained on it: in other batches bf16 rounds otherwise, and the ratios
         # of the first update would scatter around 1.
         minibatches = []
         for first in range(0, B, cfg.batch_size):
-            micros = micro_batches(row_lengths[first:first + cfg.batch_size], size)
+            micros = micro_batches(whole_lengths[first:first + cfg.batch_size], size)
             minibatches.append([first + micro for micro in micros])
         batches = sum(minibatches, [])
         logprobs, policy_entropy = map_rows(actor, rows, size, device, batches)
@@ -556,7 +529,7 @@ def main(cfg):
         kl = logprobs - ref_logprobs                         # (B, R) one sample's log-ratio, +-
         advantages, returns = gae(dense - cfg.kl_coef * kl, values, mask, cfg.gamma, cfg.lam)
         advantages = whiten(advantages, mask)                                            # (B, R)
-        old = torch.stack([mask, logprobs, values, advantages, returns])                 # (5, B, R)
+        rollout = torch.stack([mask, logprobs, values, advantages, returns])             # (5, B, R)
 
         # 4. update: each minibatch is one optimizer step of actor and critic ----------------------
         time_train = time.time()
@@ -566,9 +539,9 @@ def main(cfg):
         for update, minibatch in enumerate(minibatches * cfg.ppo_epochs):
             for micro in minibatch:
                 batch = pad([rows[b] for b in micro], device)
-                mb_mask, mb_logprobs, mb_values, mb_advantages, mb_returns = \
-                    old[:, micro, :lengths[micro].max()].to(
-                        device, non_blocking=True)                                       # (b, r)
+                mb = rollout[:, micro, :lengths[micro].max()]                            # (5, b, r)
+                mb = mb.to(device, non_blocking=True)
+                mb_mask, mb_logprobs, mb_values, mb_advantages, mb_returns = mb
                 new_logprobs, _ = actor(*batch)                                          # (b, r)
                 policy_losses, ratio = policy_loss(new_logprobs, mb_logprobs, mb_advantages,
                                                    mb_mask, cfg.clip)                    # (b,)
@@ -594,14 +567,14 @@ def main(cfg):
         policy_mean, value_mean, clip_fraction = sums / (cfg.ppo_epochs * B)
         actor_norm, critic_norm = norms / updates
         unexplained = (returns - values)[mask].var() / returns[mask].var().clamp(min=1e-12)
-        done, n_tokens = step + 1, mask.sum()
+        done = step + 1
+        n_tokens = mask.sum()
         row = {
             "step": done,
             "reward": sequence_score(rewards, ends).mean(),
             "kl": kl.sum(1).mean(),
             "kl_per_token": kl.sum() / n_tokens,
             "response_length": n_tokens / B,
-            "segment_length": n_tokens / ends.sum(),
             "finished": finished.float().mean(),
             # after each token but the last, that is where the next one was decided on
             "entropy": policy_entropy[:, :-1][mask[:, 1:]].mean(),
@@ -617,20 +590,17 @@ def main(cfg):
             "time_generate": time_score - time_start,
             "time_score": time_train - time_score,
             "time_train": time_end - time_train,
-            "memory_gb": torch.cuda.max_memory_allocated() / 1e9,
-            "tokens_per_second": row_lengths.sum() / (time_end - time_start)}
+            "time_step": time_end - time_start,
+            "tokens_per_second": whole_lengths.sum() / (time_end - time_start)}
         if gold:
             row["gold"] = np.mean([
-                gold_reward(gold, text, answer_text(tokenizer, stops, response), complete)
-                for text, (_, response), complete in zip(texts, rows, finished)])
-        log_metrics(cfg, log, row)
-        shown = ("reward", "gold", "kl", "response_length", "finished", "clip_fraction",
-                 "explained_variance", "tokens_per_second")
-        show(row, shown, steps, first_step, began)
+                gold(text, answer_text(tokenizer, stops, response), complete)
+                for text, (_, response), complete in zip(texts, rows, finished.tolist())])
+        log_metrics(cfg, log, row, steps, ("reward", "gold", "kl", "response_length", "finished",
+                                           "clip_fraction", "explained_variance"))
         if done % cfg.sample_every == 0:                 # a sample: its segments, their rewards
             parts = segment_texts(tokenizer, rows[0][1], ends[0])
-            scored = [f"{part} [{reward:+.2f}]"
-                      for part, reward in zip(parts, rewards[0, ends[0]])]
+            scored = [f"{part} [{reward:+.2f}]" for part, reward in zip(parts, rewards[0, ends[0]])]
             say(texts[0], " |".join(scored))
         if done % cfg.save_every == 0 or done == steps:
             save(cfg, done, trained, optimizer, actor, tokenizer, dtype)

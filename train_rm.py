@@ -10,15 +10,14 @@ segments' rewards, and Bradley-Terry pushes the chosen response's score above th
 No segment is ever labelled.
 
 What differs from the authors' code: the SFT model's entropies are computed inside the step; both
-sides of a pair see the same prompt, with its BOS; pairs are held out by prompt, so that the
-accuracy on them and chapter 3's calibration are honest.
+sides of a pair see the same prompt, with its BOS; the last pairs are held out, and their prompts
+are not trained on, so that the accuracy on them and chapter 3's calibration are honest.
 """
 import fcntl
 import importlib.util
 import json
 import os
 import shutil
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,8 +35,8 @@ from transformers import AutoModelForSequenceClassification
 
 from segment import (Dtype, Granularity, LanguageModel, check_context, cut_rows, encode_chats, fail,
                      load_model, load_pairs, load_tokenizer, map_rows, micro_batches, never_sampled,
-                     pad, parse, rank, read_config, say, sequence_score, set_precision,
-                     setup, warn_of_world_values)
+                     pad, parse, parts_of, rank, read_config, row_lengths, say, sequence_score,
+                     set_precision, setup, warn_of_world_values)
 
 
 @dataclass
@@ -56,7 +55,7 @@ class Config:
     # optimisation
     batch_size: int = 32                       # pairs a step, over all GPUs (paper: 128)
     epochs: int = 2                            # over the pairs (paper: 1)
-    max_steps: int = 0                         # end the schedule after this many steps (0: epochs)
+    max_steps: int = 0                         # steps (0: as many as the epochs have)
     lr: float = 1e-3                           # peak (paper: 1e-6)
     seed: int = 0                              # of the order of the pairs
     # hardware
@@ -69,24 +68,17 @@ class Config:
 
 
 # -- The method: a scalar at every token, and the loss ---------------------------------------------
-class ScalarModel(nn.Module):
-    """Backbone and linear head d -> 1 without bias: a reward at each response token."""
+class ScalarModel(LanguageModel):
+    """Not the head over V tokens but one d -> 1, without bias: a reward at each response token."""
     auto_class = AutoModelForSequenceClassification
     settings = {"num_labels": 1}
     shift = 0                            # the critic of chapter 3 reads one position earlier
 
-    def __init__(self, hf):
-        super().__init__()
-        self.hf = hf
-
     def forward(self, ids, prompt_lens, response_lens):
-        """ids: (B, T) right-padded; lens: int (B,), on the CPU, as segment.pad makes them. Returns
-        fp32 (B, R), 0 on padding."""
+        """As segment.pad makes them: ids (B, T); lens (B,), on the CPU. Returns fp32 (B, R)."""
         hidden = self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state    # (B, T, d)
         scalars = (hidden.float() @ self.hf.score.weight.float().T)[..., 0]              # (B, T)
-        starts = prompt_lens + self.shift                                                # (B,)
-        of_responses = [row[start:start + r]
-                        for row, start, r in zip(scalars, starts, response_lens)]        # B x (r,)
+        of_responses = parts_of(scalars, prompt_lens + self.shift, response_lens)        # B x (r,)
         return pad_sequence(of_responses, batch_first=True)                              # (B, R)
 
     def check(self, path):
@@ -122,48 +114,41 @@ def optimizer_step(optimizer, rates):
     for group, rate in zip(optimizer.param_groups, rates):
         group["lr"] = rate
     if not norms.isfinite().all():
-        fail("the gradient is not finite: start again with lower learning rates, or look at the "
-             "rewards; the last checkpoint is kept")
+        fail("the gradient is not finite: lower the learning rates; the last checkpoint is kept")
     optimizer.step()
     optimizer.zero_grad()
     return norms
 
 
-def shuffled(n, epochs, *seed):
-    """n numbers in random order, `epochs` times over, as one array."""
+def shuffled(n, steps, batch_size, *seed):
+    """Which of n rows each step takes, (steps, batch_size): all in random order, over and over."""
+    epochs = 1 + steps * batch_size // n
     orders = [np.random.default_rng([*seed, epoch]).permutation(n) for epoch in range(epochs)]
-    return np.concatenate(orders)
+    return np.resize(np.concatenate(orders), (steps, batch_size))
 
 
-# ==================================================================================================
-# Plumbing. Data: pair i is the rows 2i (chosen) and 2i + 1 (rejected)
-# ==================================================================================================
+# == Plumbing. Data: pair i is the rows 2i (chosen) and 2i + 1 (rejected) ==========================
 def encode_pairs(tokenizer, stops, pairs, cfg, held_out=()):
-    """The rows (prompt ids, response ids) of pairs, less those that teach nothing: equal tokens, or
-    a prompt of the rows held_out."""
+    """Pairs -> rows (prompt ids, response ids). Equal tokens teach nothing; a prompt of the rows
+    held_out would make the accuracy on them a matter of memory."""
     chats = [(prompt, responses, where) for prompt, *responses, where in pairs]
     rows = encode_chats(tokenizer, stops, chats, cfg.max_tokens, cfg.max_prompt_tokens)
     held_out_prompts = {p.tobytes() for p, _ in held_out}
-    kept, equal, known = [], 0, 0
+    kept = []
     for (p, chosen), (_, rejected) in zip(rows[0::2], rows[1::2]):
-        if np.array_equal(chosen, rejected):
-            equal += 1
-        elif p.tobytes() in held_out_prompts:
-            known += 1
-        else:
+        if p.tobytes() not in held_out_prompts and not np.array_equal(chosen, rejected):
             kept += [(p, chosen), (p, rejected)]
-    say(f"dropped of {len(pairs)} pairs: {equal} of equal tokens, {known} whose prompt is held out")
+    say(f"kept {len(kept) // 2} of {len(pairs)} pairs: no equal tokens, no held-out prompts")
     return kept
 
 
 # -- Plumbing. A run's folder: start, go on, finish ------------------------------------------------
 MAY_DIFFER = ("out", "micro_batch_size", "generation_batch_size", "grad_checkpoint", "save_every",
-              "sample_every", "wandb")                           # these change no result
+              "sample_every", "wandb")                       # these change rounding at most
 
 
 def check_out(cfg):
-    """Before anything is loaded: may this run go to OUT? True if it is finished there. Nothing is
-    touched."""
+    """Before anything is touched: may this run go to OUT? True if it is finished there."""
     out = Path(cfg.out)
     place = out.absolute()                               # the part of OUT's path that exists
     while not place.exists():
@@ -198,7 +183,8 @@ def begin_run(cfg, model, optimizer, **notes):
     """Every input could be read: make OUT, write OUT/config.json, with notes; go on from the newest
     checkpoint. Returns the step to start from and OUT/metrics.jsonl, open (None but on rank 0).
     What the log says of later steps is cut off: it will come again."""
-    out, log = Path(cfg.out), None
+    out = Path(cfg.out)
+    log = None
     # a checkpoint's .metadata is written last: without it a kill came before the end
     saved = [int(path.parent.name[5:]) for path in out.glob("checkpoint/step_*/.metadata")]
     step = max(saved, default=0)
@@ -209,7 +195,7 @@ def begin_run(cfg, model, optimizer, **notes):
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)          # until this process ends
         except BlockingIOError:
             fail(f"{out} is in use by another process")
-        write_text(out / "config.json", json.dumps(asdict(cfg) | notes, indent=1))
+        write_json(out / "config.json", asdict(cfg) | notes)
         log.seek(0)
         for _ in range(step):
             log.readline()
@@ -220,16 +206,22 @@ def begin_run(cfg, model, optimizer, **notes):
     return step, log
 
 
-def write_text(path, text):
-    """The file is there as a whole or not at all."""
-    tmp = Path(f"{path}.tmp")
-    tmp.write_text(text)
-    tmp.replace(path)
+def write_json(path, value):
+    """From rank 0. The file is there as a whole or not at all."""
+    if rank() == 0:
+        tmp = Path(f"{path}.tmp")
+        tmp.parent.mkdir(parents=True, exist_ok=True)
+        tmp.write_text(json.dumps(value, indent=1))
+        tmp.replace(path)
 
 
-def log_metrics(cfg, log, row):
-    """One JSON object a line, from rank 0: tensors become numbers, and a number that does not exist
-    (NaN) becomes null."""
+def log_metrics(cfg, log, row, steps, shown):
+    """A step's row: all of it into metrics.jsonl, as one JSON object a line (a number that does not
+    exist, NaN, becomes null); the names in `shown` on the screen."""
+    numbers = [f"{name} {row[name]:,.3f}," for name in shown if name in row]
+    left = row["time_step"] * (steps - row["step"])
+    say(f"step {row['step']}/{steps}:", *numbers, f"{row['tokens_per_second']:,.0f} tokens/s,",
+        f"{left:,.0f} s left")
     if log:
         line = json.dumps(row, default=float).replace("NaN", "null")
         print(line, file=log, flush=True)
@@ -237,14 +229,6 @@ def log_metrics(cfg, log, row):
             import wandb
             wandb.run or wandb.init(project=cfg.wandb, config=asdict(cfg), name=cfg.out)
             wandb.log(row, step=row["step"])
-
-
-def show(row, names, steps, first_step, began):
-    """The log line of a step."""
-    step = row["step"]
-    numbers = [f"{name} {row[name]:,.3f}," for name in names if name in row]
-    left = (time.time() - began) / (step - first_step) * (steps - step)
-    say(f"step {step}/{steps}:", *numbers, f"{left:,.0f} s left")
 
 
 def save(cfg, step, trained, optimizer, exported, tokenizer, dtype):
@@ -259,9 +243,9 @@ def save(cfg, step, trained, optimizer, exported, tokenizer, dtype):
 
 
 def export(model, tokenizer, folder, dtype):
-    """A Hugging Face checkpoint in dtype, with its tokenizer. All ranks gather, rank 0 writes; the
-    folder is there as a whole or not at all."""
-    hf, tmp = model.hf, f"{folder}.tmp"
+    """A Hugging Face checkpoint, there as a whole or not at all. All gather, rank 0 writes."""
+    hf = model.hf
+    tmp = f"{folder}.tmp"
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(hf, options=options)
     if rank() == 0:
@@ -290,7 +274,7 @@ def run(main, cfg):
         main(cfg)
     except KeyboardInterrupt:
         say(f"\nstopped; the same command goes on from the last checkpoint in {cfg.out}")
-        sys.exit(130)
+        raise SystemExit(130)
     dist.destroy_process_group()
 
 
@@ -320,9 +304,7 @@ def note_training(cfg, tokenizer, stops, config, held_out):
         "pad_token_id": tokenizer.pad_token_id})
 
 
-# ==================================================================================================
-# The run
-# ==================================================================================================
+# == The run =======================================================================================
 def main(cfg):
     device = setup()
     if check_out(cfg):
@@ -334,22 +316,21 @@ def main(cfg):
     check_context(cfg.model, cfg.max_tokens, cfg.max_prompt_tokens)
     warn_of_world_values(cfg)
 
-    # data: pair i is the rows 2i (chosen) and 2i + 1 (rejected)
+    # data, as rows 2i (chosen) and 2i + 1 (rejected)
     pairs = load_pairs(cfg.data, cfg.max_samples)
     if cfg.eval_data:
         eval_pairs = load_pairs(cfg.eval_data)
     else:
-        eval_pairs, pairs = pairs[-cfg.held_out:], pairs[:-cfg.held_out]
+        border = len(pairs) - cfg.held_out
+        eval_pairs, pairs = pairs[border:], pairs[:border]
     eval_rows = encode_pairs(tokenizer, stops, eval_pairs, cfg)
     rows = encode_pairs(tokenizer, stops, pairs, cfg, eval_rows)
     n = len(rows) // 2
-    order = shuffled(n, cfg.epochs, cfg.seed)
-    steps = len(order) // B
-    if cfg.max_steps:
-        steps = min(steps, cfg.max_steps)
-    if not steps or B % ranks:
+    if n < B or B % ranks:
         fail(f"{cfg.data}: {n} pairs must fill one --batch_size {B}, a multiple of {ranks} ranks")
-    say(f"{n} pairs to train, {len(eval_rows) // 2} held out; {steps} steps x {B} pairs")
+    steps = cfg.max_steps or cfg.epochs * n // B
+    order = shuffled(n, steps, B, cfg.seed)                      # (steps, B) numbers of pairs
+    say(f"{n} pairs to train: {steps} steps x {B} pairs")
     if len(eval_rows) < 200:
         say("warning: so few held-out pairs say little, and PPO calibrates on them")
 
@@ -366,22 +347,20 @@ def main(cfg):
                          cfg.cutoff, cfg.granularity)                                    # (2n, R)
 
     # training: Bradley-Terry on the mean of the segment rewards
-    lengths = np.array([len(p) + len(r) for p, r in rows]).reshape(n, 2)         # tokens of a row
-    began = time.time()
+    lengths = row_lengths(rows).reshape(n, 2)                                            # (n, 2)
     for step in range(first_step, steps):
-        step_began = time.time()
-        minibatch = order[step * B:(step + 1) * B]               # (B,) numbers of pairs
-        sums = torch.zeros(2, device=device)                     # of losses, of pairs ranked right
+        began = time.time()
+        minibatch = order[step]                                  # (B,)
+        sums = 0                                 # (2,) of losses, of pairs ranked right
         longer = lengths[minibatch].max(1)                       # (B,) of a pair's two rows
         for micro in micro_batches(longer, max(1, cfg.micro_batch_size // 2)):
             mb = [rows[2 * i + side] for i in minibatch[micro] for side in (0, 1)]       # 2b rows
             batch = pad(mb, device)
             scalars = model(*batch)                                                      # (2b, R)
-            sft_entropy = torch.zeros_like(scalars)                                      # (2b, R)
+            entropy = torch.zeros_like(scalars)                                          # (2b, R)
             if cfg.granularity == "segment":
-                _, sft_entropy = sft(*batch)
-            ends = cut_rows(mb, sft_entropy, tokenizer, stops,
-                            cfg.cutoff, cfg.granularity)                                 # (2b, R)
+                _, entropy = sft(*batch)
+            ends = cut_rows(mb, entropy, tokenizer, stops, cfg.cutoff, cfg.granularity)  # (2b, R)
             chosen, rejected = sequence_score(scalars, ends).view(-1, 2).T               # (b,)
             losses = bradley_terry(chosen, rejected)                                     # (b,)
             # FSDP averages gradients over the ranks, so each pair weighs ranks / B
@@ -394,7 +373,7 @@ def main(cfg):
         # what happened
         done = step + 1
         loss, accuracy = sums / B
-        seconds = time.time() - step_began
+        seconds = time.time() - began
         row = {"step": done, "loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "lr": rate,
                "time_step": seconds, "tokens_per_second": lengths[minibatch].sum() / seconds}
         must_save = done % cfg.save_every == 0 or done == steps
@@ -403,10 +382,7 @@ def main(cfg):
             chosen, rejected = sequence_score(scalars, eval_ends).view(-1, 2).T          # (n,)
             # 1 where the chosen response scores higher, 0 where lower, 1/2 for a tie
             row["eval_accuracy"] = (1 + (chosen - rejected).sign()).mean() / 2
-        log_metrics(cfg, log, row)
-        if must_save or done % 10 == 0:
-            show(row, ("loss", "accuracy", "grad_norm", "tokens_per_second", "eval_accuracy"),
-                 steps, first_step, began)
+        log_metrics(cfg, log, row, steps, ("loss", "accuracy", "grad_norm", "eval_accuracy"))
         if must_save:
             save(cfg, done, model, optimizer, model, tokenizer, dtype)
     finish_run(cfg)
