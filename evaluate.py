@@ -33,7 +33,7 @@ from segment import (Dtype, Granularity, LanguageModel, answer_text, check_conte
                      load_tokenizer, map_rows, parse, prompt_text, rank, read_rows, say,
                      segment_texts, sequence_score, set_precision, setup)
 from train_rm import ScalarModel, write_json
-from train_ppo import check_tokens, load_function, plain_copy, sample, trained_how
+from train_ppo import call, check_tokens, load_function, plain_copy, sample, trained_how
 
 
 @dataclass
@@ -173,7 +173,8 @@ def judge_by_function(cfg, prompts, one, two, device, dtype):
     """The higher score wins."""
     function = load_function(cfg.judge)
     for answer in one + two:
-        score = float(function(answer["instruction"], answer["output"], answer["finished"]))
+        score = float(call(function, answer["instruction"], answer["output"],
+                           answer["finished"]))
         if not math.isfinite(score):                     # NaN would pass for a draw
             fail(f"--judge gives {score} for {answer}")
         answer["score"] = score

@@ -20,6 +20,7 @@ a run that was killed goes on as if nothing had been, on any number of GPUs; mas
 lengths; the critic's head starts at zero. Two defaults are the embedded world's and not the
 paper's: --reward_scale total and --missing_eos_reward -3 (the paper: none and 0).
 """
+import inspect
 import os
 import runpy
 import time
@@ -378,6 +379,11 @@ def load_function(spec):
     return function or fail(f"{spec}: must be file.py:function, and exist")
 
 
+def call(function, *arguments):
+    """Of gold and judge functions: (prompt, response, finished), of which it may take the first."""
+    return function(*arguments[:len(inspect.signature(function).parameters)])
+
+
 def check_tokens(mine, path):
     """Two models that read the same ids must give every token the same id. Special tokens may be
     missing from one: many reward models add a pad token, which nobody reads."""
@@ -594,7 +600,7 @@ def main(cfg):
             "tokens_per_second": whole_lengths.sum() / (time_end - time_start)}
         if gold:
             row["gold"] = np.mean([
-                gold(text, answer_text(tokenizer, stops, response), complete)
+                call(gold, text, answer_text(tokenizer, stops, response), complete)
                 for text, (_, response), complete in zip(texts, rows, finished.tolist())])
         log_metrics(cfg, log, row, steps, ("reward", "gold", "kl", "response_length", "finished",
                                            "clip_fraction", "explained_variance"))

@@ -138,7 +138,8 @@ def encode_pairs(tokenizer, stops, pairs, cfg, held_out=()):
     for (p, chosen), (_, rejected) in zip(rows[0::2], rows[1::2]):
         if p.tobytes() not in held_out_prompts and not np.array_equal(chosen, rejected):
             kept += [(p, chosen), (p, rejected)]
-    say(f"kept {len(kept) // 2} of {len(pairs)} pairs: no equal tokens, no held-out prompts")
+    say(f"dropped {len(pairs) - len(kept) // 2} of {len(pairs)} pairs: their responses have equal "
+        "tokens, or their prompt is held out")
     return kept
 
 
@@ -163,7 +164,7 @@ def check_out(cfg):
         old = json.loads((out / "config.json").read_text())
     differs = [name for name, value in asdict(cfg).items()
                if name not in MAY_DIFFER and old.get(name) != value]
-    if names - {"checkpoint", "metrics.jsonl"} and differs:      # those come before config.json
+    if names - {"config.json.tmp"} and differs:
         fail(f"{out} holds another run, or other files (--{differs[0]} was {old.get(differs[0])}); "
              "give another --out")
     finished = "model" in names and "checkpoint" not in names
@@ -189,13 +190,13 @@ def begin_run(cfg, model, optimizer, **notes):
     saved = [int(path.parent.name[5:]) for path in out.glob("checkpoint/step_*/.metadata")]
     step = max(saved, default=0)
     if rank() == 0:
+        write_json(out / "config.json", asdict(cfg) | notes)
         os.makedirs(out / "checkpoint", exist_ok=True)   # it leaves when the run is finished
         log = open(out / "metrics.jsonl", "a+")
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)          # until this process ends
         except BlockingIOError:
             fail(f"{out} is in use by another process")
-        write_json(out / "config.json", asdict(cfg) | notes)
         log.seek(0)
         for _ in range(step):
             log.readline()
@@ -330,12 +331,12 @@ def main(cfg):
         fail(f"{cfg.data}: {n} pairs must fill one --batch_size {B}, a multiple of {ranks} ranks")
     steps = cfg.max_steps or cfg.epochs * n // B
     order = shuffled(n, steps, B, cfg.seed)                      # (steps, B) numbers of pairs
-    say(f"{n} pairs to train: {steps} steps x {B} pairs")
+    say(f"{n} pairs to train, {len(eval_rows) // 2} held out; {steps} steps x {B} pairs")
     if len(eval_rows) < 200:
         say("warning: so few held-out pairs say little, and PPO calibrates on them")
 
     # the reward model, and the frozen SFT model whose entropies cut the segments
-    head_std = 1 / (read_config(cfg.model).hidden_size + 1)
+    head_std = 1 / (read_config(cfg.model).get_text_config().hidden_size + 1)
     model = load_model(cfg.model, ScalarModel, device, dtype, train=True,
                        grad_checkpoint=cfg.grad_checkpoint, head_std=head_std)
     sft = load_model(cfg.model, LanguageModel, device, dtype)

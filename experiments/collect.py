@@ -17,8 +17,8 @@ ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
 from data.reviews.prepare import clause_values  # noqa: E402
-from segment import (LanguageModel, answer_text, cut_rows, encode_chats, load_model,  # noqa: E402
-                     load_pairs, load_tokenizer, map_rows, setup)
+from segment import (LanguageModel, answer_text, encode_chats, load_model, load_pairs,  # noqa: E402
+                     load_tokenizer, map_rows, response_mask, segment_ends, setup)
 from train_rm import ScalarModel  # noqa: E402
 
 CUTOFFS = (.25, .5, .75, 1., 1.5, 2., 2.5, 3., 3.5)
@@ -39,17 +39,18 @@ def against_truth(run, config):
     scalars = map_rows(model, rows, 16, device)                                          # (B, R)
     full_stop = tokenizer.convert_tokens_to_ids(".")
     clause_end = torch.zeros(scalars.shape, dtype=torch.bool)                            # (B, R)
-    worth = []                                           # of each clause, in that order
+    worth = []                                           # of each clause, in the same order
     for b, (_, response) in enumerate(rows):
         clause_end[b, :len(response)] = torch.from_numpy(response == full_stop)
         prompt = chats[b // 2][0][-1]["content"]
         values = clause_values(prompt, answer_text(tokenizer, stops, response))
-        worth += values[:clause_end[b].sum()]            # a last one without a full stop is left out
+        worth += values[:clause_end[b].sum()]            # not a last one without a full stop
     worth, rewards = torch.tensor(worth), scalars[clause_end]                            # (N,) each
 
+    mask, finished = response_mask(rows, stops, "cpu")                       # (B, R), (B,)
     f1 = {}
     for cutoff in CUTOFFS:
-        ends = cut_rows(rows, entropy, stops, cutoff, "segment")                         # (B, R)
+        ends = segment_ends(entropy, mask, finished, cutoff, "segment")                  # (B, R)
         agree = 2 * (ends & clause_end).sum() / (ends.sum() + clause_end.sum())
         f1[cutoff] = round(float(agree), 4)
     by_value = {}

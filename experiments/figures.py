@@ -2,8 +2,11 @@
 
     python experiments/figures.py [RESULTS.jsonl]        # tables, and beside it four pictures
 
-In the tables "final" is the mean over the last 5 iterations, and ± is the standard deviation over
-draws of the mean over PPO seeds. Any part of the experiment that has not been run is left out.
+"Final" is the mean over the last 5 iterations. ± is the standard deviation over draws (SFT model,
+pairs, reward model) of the mean over PPO seeds. It holds both: how much draws differ, and what the
+mean leaves of the seeds' noise, which a table gives by itself. The best gold at a KL is read at the
+coefficient and the iterations that are best on the *other* draws, for who chooses by a run's own
+gold flatters it. Any part of the experiment that has not been run is left out.
 """
 import json
 import os
@@ -22,7 +25,8 @@ COEFFICIENTS = (".01", ".03", ".1")                                  # of the KL
 FIRST, AT_20, FINAL = ("gold", 0, 1), ("gold", 18, 21), ("gold", -5, None)       # iterations
 FINAL_KL = ("kl", -5, None)
 SAME_KL = {"segment": ".03", "token": ".1", "bandit": ".01"}         # these end at a similar KL
-WORLDS = ((4, "clauses4-"), (12, ""), (24, "clauses24-"))            # clauses, prefix of a run
+AMOUNTS = ((1000, "pairs1000-"), (4400, ""), (12000, "pairs12000-"))     # pairs, prefix of a run
+LENGTHS = ((4, "clauses4-"), (12, ""), (24, "clauses24-"))               # clauses, prefix of a run
 BY_LENGTH = {"segment": (".03", ".1"), "token": (".1", ".3"), "bandit": (".01", ".03")}
 
 
@@ -43,24 +47,39 @@ def mean_of(run, key, start, stop):
     return np.mean(run[key][start:stop])
 
 
-def gold_within(run, limit):
-    """Best 3-iteration mean of the gold reward while the KL is at most the limit, as it is in the
-    first iterations of every run: its policy starts as the SFT model, at KL 0."""
-    gold = np.convolve(run["gold"], np.ones(3) / 3, "valid")
-    kl = np.convolve(run["kl"], np.ones(3) / 3, "valid")
-    return max(gold[kl <= limit])
-
-
 def by_draw(draws, measure, *args):
     """{draw: mean over seeds}"""
     means = {}
     for draw, seeds in draws.items():
-        means[draw] = np.mean([measure(run, *args) for run in seeds])
+        means[draw] = np.mean([measure(run, *args) for run in seeds], 0)
     return means
 
 
+def smooth(run, key):
+    """Means of three iterations in a row"""
+    return np.convolve(run[key], np.ones(3) / 3, "valid")
+
+
+def best_within(candidates, limit):
+    """{draw: gold where its KL is at most the limit}, at the coefficient and the iterations that
+    promise most by the other draws. candidates: {draw: [line of each seed]} of each coefficient."""
+    golds = [by_draw(draws, smooth, "gold") for draws in candidates]
+    kls = [by_draw(draws, smooth, "kl") for draws in candidates]
+    best = {}
+    for draw in sorted(set().union(*candidates)):
+        most = -np.inf
+        for gold, kl in zip(golds, kls):
+            others = [curve for other, curve in gold.items() if other != draw]
+            if draw in gold and others:
+                promise = np.where(kl[draw] <= limit, np.mean(others, 0), -np.inf)
+                i = promise.argmax()
+                if promise[i] > most:
+                    most, best[draw] = promise[i], gold[draw][i]
+    return best
+
+
 def only_first(draws):
-    """Draws 1 to 3 with PPO seed 0: all that amounts, lengths and ablations have."""
+    """Draws 1 to 3 with PPO seed 0: all that amounts and lengths have."""
     few = {}
     for draw, seeds in draws.items():
         first = [run for run in seeds if run["seed"] == 0]
@@ -70,13 +89,11 @@ def only_first(draws):
 
 
 def gain_within(policies, world, method, limit):
-    """{draw: gold gained over the first iteration at KL ≤ limit}, at the better coefficient."""
-    gains = []
+    """{draw: gold gained over the first iteration at KL ≤ limit}"""
+    candidates = []
     for coefficient in BY_LENGTH[method]:
-        draws = only_first(policies.get(f"{world}{method}-kl{coefficient}", {}))
-        reached = by_draw(draws, gold_within, limit)
-        gains.append(difference(reached, by_draw(draws, mean_of, *FIRST)))
-    return max(gains, key=average)
+        candidates.append(only_first(policies[f"{world}{method}-kl{coefficient}"]))
+    return difference(best_within(candidates, limit), by_draw(candidates[0], mean_of, *FIRST))
 
 
 # -- Numbers and tables ----------------------------------------------------------------------------
@@ -101,6 +118,20 @@ def cell(values, form="+.2f"):
     return text
 
 
+def gap(a, b):
+    """The same of a difference, draw by draw, with its range"""
+    values = difference(a, b)
+    text = cell(values)
+    if len(values) > 1:
+        text += f" ({min(values.values()):+.2f} to {max(values.values()):+.2f})"
+    return text
+
+
+def counts(draws):
+    """3 draws with 2 seeds each -> 3, 6"""
+    return f"{len(draws)}, {sum(len(seeds) for seeds in draws.values())}"
+
+
 def table(header, rows):
     print("\n| " + " | ".join(header) + " |")
     print("|" + " --- |" * len(header))
@@ -123,57 +154,58 @@ def method_tables(policies):
     for method in (*METHODS, "oracle-segment", "oracle-bandit"):
         coefficient = best.get(method, ".03")
         draws = policies[f"{method}-kl{coefficient}"]
-        row = [f"{method} ({coefficient})", str(len(draws))]
+        row = [f"{method} ({coefficient})", counts(draws)]
         for where in (FIRST, AT_20, FINAL):
             row.append(cell(by_draw(draws, mean_of, *where)))
         row.append(cell(by_draw(draws, mean_of, *FINAL_KL), ".1f"))
-        for limit in (3, 4, 6, 8):                       # at whichever coefficient is best there
-            reached = []
-            for kl in COEFFICIENTS:                      # an oracle has only one
-                reached.append(by_draw(policies[f"{method}-kl{kl}"], gold_within, limit))
-            row.append(cell(max(reached, key=average)))
+        candidates = [policies[f"{method}-kl{kl}"] for kl in COEFFICIENTS]
+        for limit in (3, 4, 6, 8):
+            row.append(cell(best_within(candidates, limit)))
         rows.append(row)
-    table(["reward (best KL coefficient)", "draws", "gold, first iteration", "at iteration 20",
-           "final", "final KL", "best gold at KL ≤ 3", "≤ 4", "≤ 6", "≤ 8"], rows)
+    table(["reward (KL coefficient that ends highest)", "draws, runs", "gold, first iteration",
+           "at iteration 20", "final", "final KL", "best gold at KL ≤ 3", "≤ 4", "≤ 6", "≤ 8"],
+          rows)
 
     rows = []
     for ahead, behind in (("segment", "bandit"), ("segment", "token"),
                           ("oracle-segment", "oracle-bandit")):
         row = [f"{ahead} ahead of {behind}"]
         for where in (AT_20, FINAL):
-            a = by_draw(policies[f"{ahead}-kl.03"], mean_of, *where)
-            b = by_draw(policies[f"{behind}-kl.03"], mean_of, *where)
-            gap = difference(a, b)
-            row.append(cell(gap))
-            if gap:
-                row[-1] += f" ({min(gap.values()):+.2f} to {max(gap.values()):+.2f})"
+            row.append(gap(by_draw(policies[f"{ahead}-kl.03"], mean_of, *where),
+                           by_draw(policies[f"{behind}-kl.03"], mean_of, *where)))
         rows.append(row)
     table(["gold, difference (KL coefficient .03)", "at iteration 20", "final"], rows)
     return best
 
 
-def amount_table(policies, reward_models):
-    rows = []
-    for pairs, world in ((1000, "pairs1000-"), (4400, ""), (12000, "pairs12000-")):
+def amount_tables(policies, reward_models):
+    rows, gaps = [], []
+    for pairs, world in AMOUNTS:
+        golds = {}
         for method, coefficient in SAME_KL.items():
             draws = only_first(policies[f"{world}{method}-kl{coefficient}"])
-            row = [f"{pairs:,}", f"{method} ({coefficient})", str(len(draws))]
+            row = [f"{pairs:,}", f"{method} ({coefficient})", counts(draws)]
             lines = [line for line in reward_models[f"{world}rm-{method}"] if line["draw"] in draws]
             for key in ("accuracy", "correlation"):
                 row.append(cell({line["draw"]: line[key] for line in lines}, ".2f"))
-            row.append(cell(by_draw(draws, mean_of, *FINAL)))
+            golds[method] = by_draw(draws, mean_of, *FINAL)
+            row.append(cell(golds[method]))
             row.append(cell(by_draw(draws, mean_of, *FINAL_KL), ".1f"))
             rows.append(row)
-    table(["pairs", "reward (KL coefficient)", "draws", "held-out accuracy",
+        gaps.append([f"{pairs:,}", gap(golds["segment"], golds["bandit"]),
+                     gap(golds["segment"], golds["token"])])
+    table(["pairs", "reward (KL coefficient)", "draws, runs", "held-out accuracy",
            "correlation with clause values", "final gold", "final KL"], rows)
+    table(["pairs", "final gold, segment ahead of bandit", "of token"], gaps)
 
 
-def length_table(policies, reward_models):
-    rows = []
-    for clauses, world in WORLDS:
+def length_tables(policies, reward_models):
+    rows, gaps = [], []
+    for clauses, world in LENGTHS:
+        gains = {}
         for method, coefficient in SAME_KL.items():
             draws = only_first(policies[f"{world}{method}-kl{coefficient}"])
-            row = [str(clauses), method, str(len(draws))]
+            row = [str(clauses), method, counts(draws)]
             lines = [line for line in reward_models[f"{world}rm-{method}"] if line["draw"] in draws]
             row.append(cell({line["draw"]: line["accuracy"] for line in lines}, ".2f"))
             for limit in (2, 4, 6):
@@ -182,19 +214,45 @@ def length_table(policies, reward_models):
             row.append(cell(gained))
             row.append(cell(by_draw(draws, mean_of, *FINAL_KL), ".1f"))
             rows.append(row)
-    table(["clauses", "reward", "draws", "held-out accuracy", "gold gained at KL ≤ 2", "≤ 4",
+            gains[method] = gain_within(policies, world, method, 4)
+        gaps.append([str(clauses), gap(gains["segment"], gains["bandit"]),
+                     gap(gains["segment"], gains["token"])])
+    table(["clauses", "reward", "draws, runs", "held-out accuracy", "gold gained at KL ≤ 2", "≤ 4",
            "≤ 6", "gained at the end", "KL at the end"], rows)
+    table(["clauses", "gold gained at KL ≤ 4, segment ahead of bandit", "of token"], gaps)
 
 
 def ablation_table(policies):
-    plain = by_draw(only_first(policies["segment-kl.03"]), mean_of, *FINAL)
+    """Against the mean over seeds of the unchanged run of the same draw"""
+    plain = by_draw(policies["segment-kl.03"], mean_of, *FINAL)
     rows = []
     for name in sorted(policies):
         if "-kl" not in name:
-            gap = difference(by_draw(policies[name], mean_of, *FINAL), plain)
+            golds = by_draw(policies[name], mean_of, *FINAL)
             kl = by_draw(policies[name], mean_of, *FINAL_KL)
-            rows.append([name, str(len(gap)), cell(gap), cell(kl, ".1f")])
-    table(["change (to segment-kl.03)", "draws", "final gold, difference", "final KL"], rows)
+            rows.append([name, counts(policies[name]), gap(golds, plain), cell(kl, ".1f")])
+    table(["change (to segment-kl.03)", "draws, runs", "final gold, difference", "final KL"], rows)
+
+
+def seed_table(policies):
+    """How much does a final gold depend on the PPO seed alone? (The difference of two means over two
+    seeds, as in the table of changes, depends on it as one run does.)"""
+    variances = defaultdict(list)
+    for name, draws in policies.items():
+        kind = name.split("-kl")[0]                      # all its coefficients together
+        if "-as-" in name:
+            kind = "changes: crossings with the bandit"
+        elif "-kl" not in name:
+            kind = "changes: all others"
+        for seeds in draws.values():
+            if len(seeds) > 1:
+                variances[kind].append(np.var([mean_of(run, *FINAL) for run in seeds], ddof=1))
+    rows = []
+    for kind, values in variances.items():
+        noise = np.sqrt(np.mean(values))
+        rows.append([kind, str(len(values)), f"{noise:.3f}", f"{noise * 2 ** .5:.3f}"])
+    table(["final gold, deviation over PPO seeds", "draws x coefficients", "of a run",
+           "of the difference of two runs"], rows)
 
 
 def reward_model_table(policies, reward_models):
@@ -205,7 +263,7 @@ def reward_model_table(policies, reward_models):
         row = [name, str(len(lines))]
         for key in ("accuracy", "correlation"):
             row.append(cell({line["draw"]: line[key] for line in lines}, ".2f"))
-        draws = policies.get(name.removeprefix("rm-") + "-kl.03", {})
+        draws = policies[name.removeprefix("rm-") + "-kl.03"]
         row.append(cell({draw: seeds[0]["scale"] for draw, seeds in draws.items()}, ".1f"))
         rows.append(row)
     table(["reward model", "draws", "held-out accuracy", "correlation with clause values", "S"],
@@ -251,7 +309,7 @@ def draw_gold_by_kl(axes, policies):
 def draw_gain_by_length(axes, policies, limit=4):
     for shift, method in zip((-.25, 0, .25), METHODS):
         points = []
-        for clauses, world in WORLDS:
+        for clauses, world in LENGTHS:
             gain = gain_within(policies, world, method, limit)
             if gain:
                 points.append((clauses + shift, average(gain), deviation(gain)))
@@ -276,9 +334,10 @@ def main():
     folder = os.path.dirname(os.path.abspath(results))
     policies, reward_models = read_results(results)
     best = method_tables(policies)
-    amount_table(policies, reward_models)
-    length_table(policies, reward_models)
+    amount_tables(policies, reward_models)
+    length_tables(policies, reward_models)
     ablation_table(policies)
+    seed_table(policies)
     reward_model_table(policies, reward_models)
 
     import matplotlib.pyplot as plt

@@ -1,6 +1,9 @@
-"""Draw a response, its segments coloured by their rewards: python experiments/response.py
+"""Draw a response, its segments coloured by their rewards.
 
-It takes the chosen response of one row of --data; the README's first picture is that of row 4.
+    python experiments/response.py                             # out/segments.png
+    python experiments/response.py assets/segments.png         # the README's first picture, anew
+
+It takes the chosen response of one row of --data, which the reward model has not seen in training.
 """
 import argparse
 import os
@@ -15,9 +18,8 @@ from matplotlib.patches import FancyBboxPatch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from segment import (LanguageModel, encode_chats, load_model, load_pairs,  # noqa: E402
-                     load_tokenizer, map_rows, response_mask, segment_ends, segment_texts, setup,
-                     trained_how)
+from segment import (LanguageModel, cut_rows, encode_chats, load_model, load_pairs,  # noqa: E402
+                     load_tokenizer, map_rows, segment_texts, setup)
 from train_rm import ScalarModel  # noqa: E402
 
 LEFT, RIGHT, LINE_HEIGHT = 20, 784, 50                   # pixels
@@ -29,17 +31,20 @@ def draw_response(args):
     tokenizer, stops = load_tokenizer(args.model)
     prompt, chosen, _, where = load_pairs(args.data, args.row)[-1]
     rows = encode_chats(tokenizer, stops, [(prompt, [chosen], where)], 2048, 1024)
-    granularity, cutoff = trained_how(args.reward_model, None, None)
     sft = load_model(args.model, LanguageModel, device, torch.float32)
-    _, entropy = map_rows(sft, rows, 16384, device)                                      # (1, R)
+    _, entropy = map_rows(sft, rows, 1, device)                                          # (1, R)
     model = load_model(args.reward_model, ScalarModel, device, torch.float32)
-    scalars = map_rows(model, rows, 16384, device)                                       # (1, R)
-    mask, finished = response_mask(rows, stops, device)                      # (1, R), (1,)
-    ends = segment_ends(entropy, mask, finished, cutoff, granularity)[0].tolist()
-    tokens = segment_texts(tokenizer, rows[0][1], np.ones(len(ends)))                    # R texts
-    n_content = len(ends) - int(finished)
-    entropy, scalars = entropy[0, :n_content].tolist(), scalars[0].tolist()
-    paint(args.picture, prompt[-1]["content"], tokens[:n_content], ends, entropy, scalars, cutoff)
+    scalars = map_rows(model, rows, 1, device)                                           # (1, R)
+    trained = model.hf.config                            # it says how
+    ends = cut_rows(rows, entropy, tokenizer, stops, trained.segment_cutoff,             # (1, R)
+                    trained.segment_granularity)
+    response = rows[0][1]
+    n = len(response) - int(response[-1] in stops)       # without the end-of-turn token
+    tokens = segment_texts(tokenizer, response[:n], np.ones(n))                          # n texts
+    ends, entropy, scalars = ends[0].tolist(), entropy[0, :n].tolist(), scalars[0].tolist()
+    os.makedirs(os.path.dirname(os.path.abspath(args.picture)), exist_ok=True)
+    paint(args.picture, prompt[-1]["content"], tokens, ends, entropy, scalars,
+          trained.segment_cutoff)
 
 
 def paint(path, prompt, tokens, ends, entropy, scalars, cutoff):
@@ -102,9 +107,9 @@ def paint(path, prompt, tokens, ends, entropy, scalars, cutoff):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", nargs="?", default=f"{ROOT}/assets/segments.png")
+    parser.add_argument("picture", nargs="?", default=f"{ROOT}/out/segments.png")
     parser.add_argument("--model", default=f"{ROOT}/data/reviews/sft")
     parser.add_argument("--reward_model", default=f"{ROOT}/out/rm/model")
-    parser.add_argument("--data", default=f"{ROOT}/data/reviews/pairs_test.jsonl")
+    parser.add_argument("--data", default=f"{ROOT}/out/rm/held_out.jsonl")
     parser.add_argument("--row", type=int, default=4)
     draw_response(parser.parse_args())

@@ -139,11 +139,11 @@ stage() {         # the runs on stdin: first their worlds, then their reward mod
 mkdir -p "$OUT"
 touch "$RESULTS"
 methods 1 3 0 | stage
-amounts | stage
-lengths | stage
 methods 1 3 1 | stage
 ablations 0 | stage
 ablations 1 | stage
 methods 4 5 0 | stage
 methods 4 5 1 | stage
+amounts | stage
+lengths | stage
 echo "$(wc -l < "$RESULTS") lines in $RESULTS"
