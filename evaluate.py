@@ -169,26 +169,26 @@ def length_controlled_win_rate(preferences, len_baseline, len_model, difficulty=
 
 # -- Judges: from prompts and both sides' answers to preferences, None where one cannot tell -------
 # An answer: {"instruction", "output", "generator", "finished"}; judges that score note it there
-def judge_by_function(cfg, prompts, one, two, device, dtype):
+def judge_by_function(cfg, prompts, baseline, policy, device, dtype):
     """The higher score wins."""
     function = load_function(cfg.judge)
-    for answer in one + two:
+    for answer in baseline + policy:
         score = float(call(function, answer["instruction"], answer["output"],
                            answer["finished"]))
         if not math.isfinite(score):                     # NaN would pass for a draw
             fail(f"--judge gives {score} for {answer}")
         answer["score"] = score
-    return [1.5 + np.sign(b["score"] - a["score"]) / 2 for a, b in zip(one, two)]
+    return [1.5 + np.sign(b["score"] - a["score"]) / 2 for a, b in zip(baseline, policy)]
 
 
-def judge_by_reward_model(cfg, prompts, one, two, device, dtype):
+def judge_by_reward_model(cfg, prompts, baseline, policy, device, dtype):
     """Bradley-Terry: the policy's answer is better with probability sigmoid(its score - the
     other's), the scores read as the reward model was trained (chapter 2). All ranks share in it."""
     tokenizer, stops = load_tokenizer(cfg.judge)
     chats = [(prompt, [a["output"], b["output"]], f"the answers to {prompt}")
-             for prompt, a, b in zip(prompts, one, two)]
+             for prompt, a, b in zip(prompts, baseline, policy)]
     rows = encode_chats(tokenizer, stops, chats, context_of(cfg.judge), cfg.max_prompt_tokens)
-    answers = [answer for pair in zip(one, two) for answer in pair]                      # 2n
+    answers = [answer for pair in zip(baseline, policy) for answer in pair]              # 2n
     for i, (p, r) in enumerate(rows):
         # the template ends every answer, but one that was cut off while it was sampled had no end
         if not answers[i]["finished"] and len(r) > 1 and r[-1] in stops:
@@ -222,8 +222,9 @@ letter, A or B, and nothing else."""
 # From all that can be said to what every server takes: some refuse log-probs, some any settings
 SETTINGS = [{"temperature": 0, "logprobs": True, "top_logprobs": 5}, {"temperature": 0}, {}]
 
-# A verdict is a line of these words and one letter, at the end or before "is better". Any other
-# word could turn it round: "The worse reply is A", "Reply B is better than reply A".
+# A verdict is a line of these words and one letter, at the end or before "is better": "**B**",
+# "(b)", "The better reply is B.", "Reply B is better". Any other word could turn it round, so these
+# are none: "The worse reply is A", "Reply B is better than reply A", "A or B?"
 VERDICT = re.compile(r"""(?mx) ^ [^\w#\n]*
     (?: (?: THE | MY | I | SO | THUS | HENCE | THEREFORE | OVERALL | FINAL | BETTER | BEST
           | PREFERRED | REPLY | RESPONSE | OUTPUT | ANSWER | OPTION | ASSISTANT | LETTER | CHOICE
@@ -232,7 +233,7 @@ VERDICT = re.compile(r"""(?mx) ^ [^\w#\n]*
     \b ([AB]) \b (?: [ ]IS [ ] (?: THE [ ] )? BETTER )? [^\w?:\n]* $""")
 
 
-def judge_by_endpoint(cfg, prompts, one, two, device, dtype):
+def judge_by_endpoint(cfg, prompts, baseline, policy, device, dtype):
     """An OpenAI-compatible server, in both orders, for judges lean towards a place. Verdicts go to
     OUT/verdicts.jsonl as they come, and what is there is not asked again. Trouble that stays ends
     the run with one line, when the replies that are under way have come: they are paid for."""
@@ -241,8 +242,8 @@ def judge_by_endpoint(cfg, prompts, one, two, device, dtype):
     import openai
     key = os.environ.get("OPENAI_API_KEY") or "none"     # read here, written nowhere
     client = openai.OpenAI(base_url=cfg.api_base, api_key=key, timeout=60, max_retries=6)
-    first = list(map(QUESTION.format, one, two))         # the policy's answer is B ...
-    then = list(map(QUESTION.format, two, one))          # ... and then A
+    first = list(map(QUESTION.format, baseline, policy))         # the policy's answer is B ...
+    then = list(map(QUESTION.format, policy, baseline))          # ... and then A
     verdicts = {q: 0.5 for q, p in zip(first, then) if q == p}           # equal answers: a draw
     file = open(f"{cfg.out}/verdicts.jsonl", "a+")
     file.seek(0)
@@ -434,23 +435,23 @@ def main(cfg):
     if kept.exists() and json.loads(kept.read_text())[0]["annotator"] != cfg.judge:
         fail("--out holds the preferences of another judge; give another folder")
 
-    # 2. both answer the same prompts: two, the policy; one, the baseline
+    # 2. both answer the same prompts
     prompts = load_prompts(cfg.data, cfg.max_samples)
-    two = answers_of(cfg, cfg.model, 1, prompts, device, dtype)
-    one = answers_of(cfg, cfg.baseline, 0, prompts, device, dtype)
-    write_json(f"{cfg.out}/policy.json", two)
-    write_json(f"{cfg.out}/baseline.json", one)
+    policy = answers_of(cfg, cfg.model, 1, prompts, device, dtype)
+    baseline = answers_of(cfg, cfg.baseline, 0, prompts, device, dtype)
+    write_json(f"{cfg.out}/policy.json", policy)
+    write_json(f"{cfg.out}/baseline.json", baseline)
 
     # 3. the judge prefers one
-    preferences = judge(cfg, prompts, one, two, device, dtype)
+    preferences = judge(cfg, prompts, baseline, policy, device, dtype)
     pairs = []
-    for a, b, preference in zip(one, two, preferences):
+    for a, b, preference in zip(baseline, policy, preferences):
         pair = {"instruction": a["instruction"], "annotator": cfg.judge, "preference": preference}
         for name in ("output", "generator", "score", "segments"):
             pair |= {f"{name}_1": a.get(name), f"{name}_2": b.get(name)}
         pairs.append(pair)
     write_json(f"{cfg.out}/annotations.json", pairs)
-    report(cfg, [(two[0]["generator"], pairs)])
+    report(cfg, [(policy[0]["generator"], pairs)])
 
 
 if __name__ == "__main__":

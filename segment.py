@@ -86,8 +86,8 @@ def segment_ends(entropy, mask, finished, cutoff, granularity):
     entropy: (B, R) nats, of the token *after* each response token; mask: bool (B, R), True on the
     response's tokens, end-of-turn token included; finished: bool (B,), the last token is an
     end-of-turn token. Returns bool (B, R). segment: where entropy > cutoff, and at the last content
-    token; token: at every content token; bandit: at the very last token. But for bandit, the
-    end-of-turn token belongs to no segment, unless it is all there is.
+    token; token: at every content token. In these two the end-of-turn token belongs to no segment,
+    unless it is all there is; bandit: the one segment ends at the very last token, that one too.
     >>> h = torch.tensor([[0.1, 2.5, 0.1, 0.3, 9.0]])       # the last is the end-of-turn token
     >>> mask = torch.ones(1, 5, dtype=torch.bool)
     >>> segment_ends(h, mask, torch.tensor([True]), cutoff=2.0, granularity="segment").int()
@@ -166,7 +166,7 @@ class LanguageModel(nn.Module):
 def fail(message):
     """The user's mistake: one line, exit code 2. All ranks fail alike and rank 0 speaks."""
     say("error:", textwrap.shorten(message, 600), file=sys.stderr)
-    time.sleep(5 if rank() else 0)           # torchrun ends all ranks when one has ended
+    time.sleep(5 if rank() else 0)           # torchrun ends all when one ends: rank 0 speaks first
     raise SystemExit(2)
 
 
@@ -238,7 +238,8 @@ def say(*args, file=None):
 
 
 def set_precision(name, device):
-    """--dtype -> the torch dtype to compute in. TF32 multiplies bf16 numbers exactly: so use it."""
+    """--dtype -> the torch dtype to compute in. The fp32 logits of bf16 numbers may use TF32, which
+    multiplies these exactly."""
     bf16 = name == "bf16" or name == "auto" and device.type == "cuda"
     torch.backends.cuda.matmul.allow_tf32 = bf16
     return torch.bfloat16 if bf16 else torch.float32
@@ -353,8 +354,8 @@ def micro_batches(lengths, size):
 
 @torch.no_grad()
 def map_rows(model, rows, size, device, batches=None):
-    """model(ids, prompt_lens, response_lens), (..., b, r), of all rows: (..., B, R) on the CPU of
-    every rank. batches: this rank's; by default micro_batches of `size` rows."""
+    """What a model gives for all rows, on the CPU of every rank: (B, R) of a ScalarModel, (2, B, R)
+    of a LanguageModel. batches: this rank's; by default micro_batches of `size` rows."""
     filled = rows + rows[-1:] * (-len(rows) % dist.get_world_size())     # a multiple of the ranks
     batches = batches or micro_batches(row_lengths(filled), size)
     R = max(len(r) for _, r in rows)
@@ -380,6 +381,7 @@ def read_rows(source, limit=0):
     if os.path.isfile(name):                 # escaped: datasets takes pairs[1].jsonl for a pattern
         kind = re.search(r"csv$|parquet$|$", name)[0] or "json"
         files = glob.escape(name)
+    # a path or a file's name, and not the owner/name of the hub, where it would be sought
     elif not os.path.isdir(name) and re.search(r"^[./~]|\.[A-Za-z]\w*$|\s|/.*/", name):
         fail(f"{name}: no such file")
     try:
@@ -533,10 +535,12 @@ def encode_chats(tokenizer, stops, chats, max_tokens, max_prompt_tokens):
         else:
             endless += 1
         _, responses, where = chats[i]
-        odd = tokenizer.decode(r[np.isin(r, never)][:1])         # unless a person typed it
-        if odd not in "".join(responses) or not text.startswith(starts[i]):
+        unsampled = tokenizer.decode(r[np.isin(r, never)][:1])
+        # what a person typed may be there
+        if unsampled not in "".join(responses) or not text.startswith(starts[i]):
             fail(f"{where}: the chat template does not continue its own generation prompt, or puts "
-                 f"into the answer what the policy never samples: {odd}")
+                 f"into the answer what the policy never samples: {unsampled} (if it ends a turn: "
+                 "make it an eos_token_id in generation_config.json)")
         rows.append((cut[i], r[:max_tokens - len(cut[i])]))
     if endless > len(rows) / 2:
         fail(f"{endless} of {len(rows)} responses hold no stop token: the template's end-of-turn "

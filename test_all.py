@@ -148,8 +148,8 @@ def test_a_normalizer_recovers_the_lines_that_rewards_were_made_from():
     near(astuple(fit_normalizer(p, torch.tensor(y))), [0.7, 0.25, 0.5, 2.8, 1 / 12, 1])
     y[4:6] += 1000                                       # least squares would follow this pool
     near(fit_normalizer(p, y).w_mean, 0.7, 0.1)
-    # .7 alone has no deviation; one location (a bandit's) has no slope
-    near(fit_normalizer([.5, .5, 1, 1, .7], [1., 3, 7, 13, 6]).std([.5, 1]), [1, 3])
+    # .7 and .8 alone have no deviation; one location (a bandit's) has no slope
+    near(fit_normalizer([.5, .5, 1, 1, .7, .8], [1., 3, 7, 13, 6, 6]).std([.5, 1]), [1, 3])
     near(astuple(fit_normalizer([1] * 5, [1., 2, 3, 4, 5]))[:4], [0, 0, 3, math.sqrt(2)])
     fit = Normalizer(w_mean=1, w_std=1, b_mean=0, b_std=2, p_min=.05)
     near(fit.mean([1e-9, 2]), [math.log(.05), 0])        # p is clamped
@@ -270,14 +270,10 @@ def test_models_read_each_row_as_if_it_were_alone_and_are_saved_whole(families, 
     near(load_model(f"{tmp_path}/model", LanguageModel, CPU, FP32)(*batch), got[:2])
 
 
-def test_nothing_in_a_model_is_random_or_depends_on_its_neighbours(tmp_path, capsys):
-    """Router jitter and dropout are off; Phi-3's long rope stays within its original context."""
+def test_no_dropout_and_no_router_jitter_makes_a_model_random(tmp_path):
     noise = {"router_jitter_noise": 0.1, "attention_dropout": 0.1}
     model = load_model(tiny_model(tmp_path, "mixtral", **noise), LanguageModel, CPU, FP32)
     near(*model(*pad(random_tokens(B=1) * 2, CPU)).detach().unbind(1))
-    rope = {"rope_type": "longrope", "short_factor": [1.] * 4, "long_factor": [4.] * 4}
-    folder = tiny_model(tmp_path, "phi3", rope_parameters=rope, original_max_position_embeddings=64)
-    refused(capsys, segment.check_context, folder, 65, 32)
 
 
 # -- 3. Chat encoding ------------------------------------------------------------------------------
@@ -320,10 +316,9 @@ def test_a_space_that_a_tokenizer_puts_in_front_stands_before_the_conversation_a
 
 @pytest.mark.parametrize("template,words", [
     ("{{ messages[-1].content }}{{ '?' if add_generation_prompt }}", "does not continue"),
-    ("{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}",
-     "samples: <assistant>"),
+    ("{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}", "<assistant>"),
     ("<user>{{ messages[0].content }}{% for m in messages[1:] %}<bos>{{ m.content }}<eos>"
-     "{% endfor %}", "samples: <bos>"),
+     "{% endfor %}", "<bos>"),
     ("{% for m in messages %}{{ m.content }} night{% endfor %}", "eos_token_id")])
 def test_a_template_whose_answers_the_policy_could_not_write_is_refused(capsys, template, words):
     """It changes its prompt; forgets the generation prompt; adds a special token; ends no turn."""
@@ -429,13 +424,16 @@ def test_a_sample_has_its_teacher_forced_logprobs_and_depends_on_its_seed_alone(
     model = load_model(families[family], LanguageModel, CPU, FP32)
     hf, stops = train_ppo.plain_copy(model, FP32, CPU), torch.arange(6, 265, 20)
     prompts, seeds = [p for p, _ in random_tokens(B=9)], [(3, b) for b in range(9)]
-    tokens, logprobs, lengths = generate(hf, prompts, stops, 40, seeds)
+    tokenizer, _ = load_tokenizer(families[family])
+    banned = train_ppo.banned_tokens(tokenizer, stops, 265)                      # (V,)
+    tokens, logprobs, lengths = generate(hf, prompts, stops, 40, seeds, banned=banned)
     stopped = torch.isin(tokens, stops)                                          # (B, R)
     assert lengths.equal(torch.where(stopped.any(1), stopped.int().argmax(1) + 1, 40))
+    mask = torch.arange(40) < lengths[:, None]                                   # (B, R)
     want, _ = model(*pad(list(zip(prompts, tokens.numpy())), CPU))               # (B, R)
-    near(logprobs, want * (torch.arange(40) < lengths[:, None]))
-    other = train_ppo.sample(hf, prompts[::-1], stops, 40, seeds[::-1], batch_size=4)
-    assert other[0].flip(0).equal(tokens)                # in other order and company
+    near(logprobs, want * mask)
+    other = train_ppo.sample(hf, tokenizer, prompts[::-1], stops, 40, seeds[::-1], 4)
+    assert other[0].flip(0).equal(tokens * mask)         # in other order and company
     greedy = generate(hf, prompts[:1], stops, 40, seeds, temperature=0)[0][0]
     want = hf.generate(torch.tensor(prompts[0][None]), do_sample=False, max_new_tokens=40,
                        eos_token_id=stops.tolist())[0, len(prompts[0]):]

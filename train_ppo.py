@@ -150,6 +150,8 @@ def fit_normalizer(locations, rewards):
     std = np.sqrt(np.bincount(pool, (y - mean[pool]) ** 2) / count)                      # (pools,)
     log_p = np.log(np.bincount(pool, p) / count)                                         # (pools,)
     several = count > 1                                  # one value has no deviation
+    if several.sum() < min(2, len(count)):
+        raise ValueError("the rewards hardly share a location: calibrate on more responses")
     w_mean, b_mean = huber_line(log_p, mean)
     w_std, b_std = huber_line(log_p[several], std[several])
     if not b_std > 1e-6 * (1 + abs(b_mean)):
@@ -169,13 +171,13 @@ def spread_rewards(rewards_at_ends, ends, mask, how):
     rewards = torch.where(ends, rewards_at_ends, 0.0)                                    # (B, R)
     if how == "end":
         return rewards
-    segment = ends.cumsum(1) - ends.int()                # (B, R) number of ends before this token
+    segment = ends.cumsum(1) - ends.int()                # (B, R) the segment of each token
     zeros = torch.zeros_like(rewards)
-    share = zeros.scatter_add(1, segment, rewards)                               # (B, R) by segment
+    total = zeros.scatter_add(1, segment, rewards)                               # (B, R) by segment
     if how == "even":
         length = zeros.scatter_add(1, segment, mask.float())                     # (B, R) by segment
-        share = share / length.clamp(min=1)
-    return share.gather(1, segment)
+        total = total / length.clamp(min=1)
+    return total.gather(1, segment)
 
 
 def token_rewards(rewards, ends, mask, normalizer, how):
@@ -202,6 +204,8 @@ def calibrate(rewards, ends, mask, kind, how):
         normalizer = Normalizer(b_mean=float(y.mean()), b_std=float(y.std(correction=0)))
     total = token_rewards(rewards, ends, mask, normalizer, how).sum(1)                   # (B,)
     S = float(total.std(correction=0))
+    if not 0 < S < np.inf:
+        raise ValueError("all responses have the same total reward")
     return normalizer, S
 
 
@@ -215,7 +219,7 @@ def dense_rewards(cfg, rewards, ends, mask, finished, normalizer, how, scale):
         dense = dense / lengths[:, None]
     dense[range(len(dense)), lengths - 1] += cfg.missing_eos_reward * ~finished
     if cfg.bad_length:
-        dense[~finished | (lengths > cfg.bad_length)] = -0.05
+        dense[~finished | (lengths > cfg.bad_length)] = -0.05            # in place of all rewards
     return dense * mask
 
 
@@ -291,7 +295,7 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
     # where a token stands in its row; negative on padding
     position = (torch.arange(-P, max_new_tokens) + prompt_lens[:, None]).to(device)      # (B, P+R)
     logprobs = torch.zeros(len(ids), max_new_tokens, device=device)                      # (B, R)
-    row = torch.arange(len(ids), device=device)          # (b,) those that are still written
+    row = torch.arange(len(ids), device=device)          # (b,) rows that are still sampled
     cache = DynamicCache(config=hf.config)
     for r in range(max_new_tokens):
         if r % 16 == 0:          # the CPU looks, once in a while: who is finished leaves
@@ -429,7 +433,7 @@ def main(cfg):
         held_out = "data/reviews/pairs.jsonl:train[-400:]"
     gold = gold and load_function(gold)
 
-    # -- the reward: what it was trained on (own), what PPO makes of it (use) ----------------------
+    # -- the reward. own: the granularity that it was trained at, use: that at which PPO gets it ---
     if ".py:" in cfg.reward_model:
         rule = load_function(cfg.reward_model)
         own, own_cutoff = "segment", cfg.cutoff
@@ -439,6 +443,9 @@ def main(cfg):
         check_context(cfg.reward_model, max_tokens, cfg.max_prompt_tokens)
         check_tokens(tokenizer, cfg.reward_model)
         reward_model = load_model(cfg.reward_model, ScalarModel, device, dtype)
+        cut_by = getattr(reward_model.hf.config, "segment_model", cfg.model)
+        if os.path.abspath(cut_by) != os.path.abspath(cfg.model):
+            say(f"note: its segments were cut by {cut_by} in training, here by {cfg.model}")
         held_out = getattr(reward_model.hf.config, "segment_held_out", "")
     use = cfg.granularity or own
     cutoff = own_cutoff if cfg.cutoff is None else cfg.cutoff
@@ -560,8 +567,8 @@ def main(cfg):
                 sums += torch.stack([policy_losses, value_losses, clipped]).detach().sum(1)
                 if update == 0:
                     first_ratio = torch.maximum(first_ratio, 1 + away.max())
-            rate = learning_rate(step * updates + update, steps * updates)
-            norms += optimizer_step(optimizer, [cfg.actor_lr * rate, cfg.critic_lr * rate])
+            factor = learning_rate(step * updates + update, steps * updates)
+            norms += optimizer_step(optimizer, [cfg.actor_lr * factor, cfg.critic_lr * factor])
         dist.all_reduce(sums)
         dist.all_reduce(first_ratio, dist.ReduceOp.MAX)
 
@@ -592,7 +599,7 @@ def main(cfg):
             "explained_variance": 1 - unexplained,
             "actor_grad_norm": actor_norm,
             "critic_grad_norm": critic_norm,
-            "lr": cfg.actor_lr * rate,
+            "lr": cfg.actor_lr * factor,
             "time_generate": time_score - time_start,
             "time_score": time_train - time_score,
             "time_train": time_end - time_train,

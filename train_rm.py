@@ -174,8 +174,8 @@ def check_out(cfg):
 
 
 def training_state(model, optimizer):
-    """Weights and moments, sharded: the live tensors, so that to load into them is to go on. Rates,
-    the order of data and random draws are functions of the step: nothing else is to be kept."""
+    """Weights and moments, sharded. These are the live tensors: dcp.load writes into them, and that
+    is all there is to do. Rates, the order of data and random draws are functions of the step."""
     weights, moments = get_state_dict(model, optimizer)
     return {"model": weights, "optimizer": moments}
 
@@ -288,8 +288,8 @@ def note_training(cfg, tokenizer, stops, config, held_out):
             for prompt, chosen, rejected, _ in held_out:
                 row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
                 print(json.dumps(row), file=f)
-    # That class scores the last token that is no padding. So the pad token must stop nothing: it
-    # is another special token, or a new one on a row of the embedding that is no token.
+    # transformers' class scores the last token that is no padding. So the pad token must stop
+    # nothing: it is another special token, or a new one on a row of the embedding that is no token.
     if tokenizer.pad_token_id in [None, *stops.tolist()]:
         spare = never_sampled(tokenizer, stops)
         if len(spare):
@@ -322,7 +322,7 @@ def main(cfg):
     if cfg.eval_data:
         eval_pairs = load_pairs(cfg.eval_data)
     else:
-        border = len(pairs) - cfg.held_out
+        border = max(0, len(pairs) - cfg.held_out)
         eval_pairs, pairs = pairs[border:], pairs[:border]
     eval_rows = encode_pairs(tokenizer, stops, eval_pairs, cfg)
     rows = encode_pairs(tokenizer, stops, pairs, cfg, eval_rows)
@@ -336,6 +336,7 @@ def main(cfg):
         say("warning: so few held-out pairs say little, and PPO calibrates on them")
 
     # the reward model, and the frozen SFT model whose entropies cut the segments
+    # a standard deviation of 1/(d+1), as the authors and InstructGPT have it
     head_std = 1 / (read_config(cfg.model).get_text_config().hidden_size + 1)
     model = load_model(cfg.model, ScalarModel, device, dtype, train=True,
                        grad_checkpoint=cfg.grad_checkpoint, head_std=head_std)
@@ -343,7 +344,7 @@ def main(cfg):
     optimizer = make_optimizer([model], device)
     first_step, log = begin_run(cfg, model, optimizer)
     note_training(cfg, tokenizer, stops, model.hf.config, eval_pairs)
-    _, eval_entropy = map_rows(sft, eval_rows, cfg.micro_batch_size, device)             # (2n, R)
+    _, eval_entropy = map_rows(sft, eval_rows, cfg.micro_batch_size, device)             # (2m, R)
     eval_ends = cut_rows(eval_rows, eval_entropy, tokenizer, stops,
                          cfg.cutoff, cfg.granularity)                                    # (2n, R)
 
