@@ -295,6 +295,8 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
         fail(f"{path}: not supported: no plain stack of layers, or weights are missing: {missing}")
     model = wrap(hf)
     model.check(path)
+    if hf.config.hidden_size < 256 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)             # matrices this small lose by a second thread
     if grad_checkpoint:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
 
