@@ -588,6 +588,7 @@ def main(cfg):
             "kl": kl.sum(1).mean(),
             "kl_per_token": kl.sum() / n_tokens,
             "response_length": n_tokens / B,
+            "response_tokens": n_tokens,
             "finished": finished.float().mean(),
             # after each token but the last, that is where the next one was decided on
             "entropy": policy_entropy[:, :-1][mask[:, 1:]].mean(),
