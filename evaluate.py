@@ -61,7 +61,7 @@ class Config:
     seed: int = 0                              # of the samples
     # hardware
     generation_batch_size: int = 128           # responses decoded at once on one GPU
-    micro_batch_size: int = 16                 # rows in one forward pass of one GPU
+    micro_batch_size: int = 8                  # rows in one forward pass of one GPU
     dtype: Dtype = "auto"                      # bf16 on CUDA, fp32 on CPU
 
 

@@ -86,7 +86,7 @@ class Config:
     value_clip: float = 0.2                    # .25 for segment and token in the paper
     seed: int = 0                              # of prompts and samples
     # hardware
-    micro_batch_size: int = 16                 # rows in one forward pass of one GPU
+    micro_batch_size: int = 8                  # rows in one forward pass of one GPU
     dtype: Dtype = "auto"                      # to compute in: bf16 on CUDA, fp32 on CPU
     grad_checkpoint: bool = False              # less memory, a third more time
     # bookkeeping

@@ -59,7 +59,7 @@ class Config:
     lr: float = 1e-3                           # peak (paper: 1e-6)
     seed: int = 0                              # of the order of the pairs
     # hardware
-    micro_batch_size: int = 16                 # rows in one forward pass of one GPU, 2 a pair
+    micro_batch_size: int = 8                  # rows in one forward pass of one GPU, 2 a pair
     dtype: Dtype = "auto"                      # to compute in: bf16 on CUDA, fp32 on CPU
     grad_checkpoint: bool = False              # less memory, a third more time
     # bookkeeping
