@@ -39,7 +39,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
-                          HfArgumentParser, logging as hf_logging)
+                          HfArgumentParser, logging as hf_logging, masking_utils)
 
 Granularity = Literal["segment", "token", "bandit"]
 Dtype = Literal["auto", "bf16", "fp32"]
@@ -221,6 +221,9 @@ def setup():
         torch.cuda.set_device(device)
         # cuDNN's attention plans each new shape anew, and left-padded rows have come out as NaN
         torch.backends.cuda.enable_cudnn_sdp(False)
+    # transformers would look in every forward pass, and the CPU wait for the GPU, whether a row
+    # holds several packed sequences: ours never do
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     elif not dist.is_initialized():

@@ -297,6 +297,7 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
     logprobs = torch.zeros(len(ids), max_new_tokens, device=device)                      # (B, R)
     row = torch.arange(len(ids), device=device)          # (b,) rows that are still sampled
     cache = DynamicCache(config=hf.config)
+    plain = hf.config._attn_implementation == "sdpa" and not any(cache.is_sliding)
     for r in range(max_new_tokens):
         if r % 16 == 0:          # the CPU looks, once in a while: who is finished leaves
             stopped = torch.isin(ids[row, P:P + r], stops).any(1)                        # (b,)
@@ -311,10 +312,13 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
             for draws, b in zip(noise, row.tolist()):
                 draws.exponential_(generator=generators[b])
         new = slice(cache.get_seq_length(), P + r)       # the prompts, later the token sampled last
+        mask = position[row, :P + r] >= 0                                                # (b, P+r)
+        if r > 0 and plain:
+            mask = mask[:, None, None]       # (b, 1, 1, P+r): taken as it is, no look, no wait
         # arguments by position: transformers has renamed the cache
         output = hf(
             ids[row, new],
-            position[row, :P + r] >= 0,
+            mask,
             position[row, new].clamp(min=0),
             cache,
             use_cache=True,
