@@ -1,31 +1,14 @@
 """Chapter 5: what each function means, said by comparison.    pytest test_all.py
 
-1. functions         4. data              7. runs: killed, on two ranks   10. evaluation
-2. models            5. sampling          8. the world             11. CUDA
-3. chat encoding     6. PPO, mistakes     9. recipes, settings            12. the main job
+1. functions     2. models     3. chat encoding     4. data     5. sampling     6. PPO's pieces
+7. mistakes      8. runs       9. the world         10. recipes    11. evaluation  12. main job
 """
-import doctest
-import fcntl
-import gc
-import glob
-import gzip
-import itertools
-import json
-import math
-import os
-import re
-import shlex
-import shutil
-import subprocess
-import sys
-import threading
-import time
+import doctest, fcntl, gc, gzip, json, math, os
+import re, shlex, shutil, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
-from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")        # two runs at a time, a thread each
@@ -58,9 +41,7 @@ from segment import (LanguageModel, encode_chats, encode_prompts, load_model, lo
 from train_ppo import Critic, Normalizer, fit_normalizer, generate
 from train_rm import ScalarModel
 
-CPU, FP32, WORLD = torch.device("cpu"), torch.float32, "data/reviews"
-SFT = f"{WORLD}/sft"
-close = torch.testing.assert_close
+CPU, FP32, SFT = torch.device("cpu"), torch.float32, "data/reviews/sft"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -94,11 +75,6 @@ def refused(capsys, f, *args):
     error = capsys.readouterr().err
     assert end.value.code == 2 and re.fullmatch("error: .*\n", error), error
     return error
-
-
-def read_json(path):
-    with open(path) as f:
-        return json.load(f)
 
 
 def write_rows(path, *rows):
@@ -508,136 +484,93 @@ def test_in_the_same_batches_bf16_gives_the_same_numbers(tmp_path, monkeypatch):
     assert not scored.equal(map_rows(actor, rows, 7, CPU)[0])                    # others round
 
 
-# -- 5. Mistakes: exit code 2, one line that names the file, the row or the flag, and no OUT -------
+# -- 7. Mistakes: exit code 2, one line that names the file, the row or the flag, and no OUT -------
 ROOT, PAIRS = os.getcwd(), "data/reviews/pairs.jsonl"
+ALPACA = f"{ROOT}/../shared/data/alpaca_eval"        # the published leaderboard, if it is at hand
+SCRIPTS = {"rm": train_rm, "ppo": train_ppo, "judge": E}
 ORACLE = " --reward_model data/reviews/prepare.py:segment_values --cutoff 1 "
-SMALL = {
-    train_rm: "--max_samples 80 --held_out 16 --batch_size 16 --max_steps 6 --save_every 2",
-    train_ppo: "--max_samples 40 --rollout_batch_size 16 --batch_size 8 --max_steps 4 "
-               "--save_every 2 --seed 1",
-    E: ""}
-MODELS = """
-capped   Gemma2 ForCausalLM {"head_dim": 8, "final_logit_softcapping": 1.0}
-longrope Phi3   ForCausalLM {"original_max_position_embeddings": 16, "rope_scaling":
-    {"type": "longrope", "short_factor": [1.0, 1, 1, 1], "long_factor": [2.0, 2, 2, 2]}}
-yarn     Llama  ForCausalLM {"rope_parameters": {"original_max_position_embeddings": 16,
-    "rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}}
-llama3   Llama  ForCausalLM {"rope_parameters": {"original_max_position_embeddings": 16,
-    "rope_type": "llama3", "factor": 4.0, "rope_theta": 10000.0, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0}}
-phi3     Phi3   ForSequenceClassification {"sliding_window": 12}
-llama    Llama  ForSequenceClassification {}
-"""
-
-
-def random_model(name, more, V, kind):
-    """By the name of its class, with 3 embeddings that are no token"""
-    config = getattr(transformers, name + "Config")(
-        vocab_size=V + 3, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, num_labels=1,
-        initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=2, **more)
-    torch.manual_seed(len(name))
-    return getattr(transformers, name + kind)(config)
-
-
-PICTURES = """{"model_type": "gemma3", "eos_token_id": 2, "text_config": {"hidden_size": 32,
-"num_hidden_layers": 1}, "vision_config": {"hidden_size": 32, "num_hidden_layers": 1,
-"num_attention_heads": 2, "image_size": 28, "patch_size": 14}, "mm_tokens_per_image": 4}"""
+SMALL = {train_rm: "--max_samples 80 --held_out 16 --batch_size 16 --max_steps 6 --save_every 2",
+         train_ppo: "--max_samples 40 --rollout_batch_size 16 --batch_size 8 --max_steps 4 "
+                    "--save_every 2 --seed 1", E: ""}
 
 
 @pytest.fixture(scope="session")
-def bad(tmp_path_factory):
-    """A folder of models and data, most of which must be refused."""
+def bad(tmp_path_factory):               # a folder of models and data, most of them to be refused
     top, tokenizer = tmp_path_factory.mktemp("bad"), prepare.build_tokenizer()
-    (top / "torn.jsonl").write_text('{"chosen": [\n')
-    write_rows(top / "own.jsonl", {"prompt": "is it good?", "chosen": "good", "rejected": "me"})
-    sft = Path(SFT, "config.json").read_text()
-    for folder, file, text in (
-            ("nan", "config.json", sft.replace("1e-06", "NaN")),
-            ("dull", "config.json", sft.replace("1e-06", "Infinity")),   # all that it says is 0
-            ("pictures", "config.json", PICTURES),
-            ("code", "config.json", '{"model_type": "evil", "auto_map": {"AutoConfig": "a.B"}}'),
-            ("pickle", "pytorch_model.bin", "cbuiltins\nopen\n(S'it_ran'\nS'w'\ntR."),
-            ("foreign/checkpoint", "thesis.tex", "years of work"),
-            ("rewriting", "chat_template.jinja", "{{ messages[-1].content }}"
-             "{% if add_generation_prompt %}?{% endif %}")):
-        shutil.copytree(SFT, top / folder)
-        (top / folder / file).write_text(text)
-    (top / "code/a.py").write_text("open('it_ran', 'w')")
+    sft = Path(SFT, "config.json").read_text()           # dull: all that it says is 0
+    for path, text in {
+            "nan/config.json": sft.replace("1e-06", "NaN"),
+            "dull/config.json": sft.replace("1e-06", "Infinity"),
+            "pickle/pytorch_model.bin": "cbuiltins\nopen\n(S'it_ran'\nS'w'\ntR.",
+            "code/a.py": "open('it_ran', 'w')",
+            "code/config.json": '{"model_type": "evil", "auto_map": {"AutoConfig": "a.B"}}',
+            "data/torn.jsonl": '{"chosen": [\n',
+            "data/one.jsonl": '{"prompt": "is it good?", "chosen": "good", "rejected": "me"}',
+            "foreign/checkpoint/thesis.tex": "years of work"}.items():
+        shutil.copytree(SFT, (top / path).parent, dirs_exist_ok=True)
+        (top / path).write_text(text)
     (top / "pickle/model.safetensors").unlink()
-    for line in MODELS.strip().replace("\n  ", "").splitlines():
-        folder, name, kind, more = line.split(maxsplit=3)
-        random_model(name, json.loads(more), len(tokenizer), kind).save_pretrained(top / folder)
+    for folder, family, kind, more in re.findall(r"(\w+) (\w+) (\w+) ({[^|]*?})(?=\n\w|$)", """
+capped gemma2 CausalLM {"head_dim": 8, "final_logit_softcapping": 1.0}
+longrope phi3 CausalLM {"original_max_position_embeddings": 16, "rope_scaling": {"type":
+"longrope", "short_factor": [1.0, 1, 1, 1], "long_factor": [2.0, 2, 2, 2]}}
+yarn llama CausalLM {"rope_parameters": {"original_max_position_embeddings": 16, "rope_type":
+"yarn", "factor": 4.0, "rope_theta": 10000.0}}
+llama3 llama CausalLM {"rope_parameters": {"original_max_position_embeddings": 16, "rope_type":
+"llama3", "factor": 4.0, "rope_theta": 1e4, "low_freq_factor": 1.0, "high_freq_factor": 4.0}}
+pictures gemma3 CausalLM {"eos_token_id": 2, "mm_tokens_per_image": 4, "text_config": {
+"hidden_size": 32, "num_hidden_layers": 1}, "vision_config": {"hidden_size": 32, "patch_size": 14,
+"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}}
+phi3 phi3 SequenceClassification {"sliding_window": 12}
+llama llama SequenceClassification {}
+words llama SequenceClassification {}"""):
+        auto_class = getattr(transformers, f"AutoModelFor{kind}")
+        tiny_model(top / folder, family, 200, auto_class, **json.loads(more))
         tokenizer.save_pretrained(top / folder)
-    shutil.copytree(top / "llama", top / "words")
     tokenizer.add_tokens(["gadget"])
     tokenizer.save_pretrained(top / "words")
     return top
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, bad):
-    """An empty folder to work in, but for the world and the folder `bad`."""
+def here(tmp_path, monkeypatch, bad):    # work in a folder where there are only the world and bad
     (tmp_path / "data").symlink_to(f"{ROOT}/data")
     (tmp_path / "bad").symlink_to(bad)
     monkeypatch.chdir(tmp_path)
 
 
-def go(script, flags, out="out"):
-    """A small run in this process"""
+def go(script, flags, out="out"):                        # a small run in this process
     flags = f"--out {out} {SMALL[script]} {flags}"
     script.main(parse(script.Config, shlex.split(flags)))
 
 
-MISTAKES = """
-train_rm --cutoff nan | --cutoff
-train_rm --cutof 1 | --cutof
-train_rm --data bad/no.jsonl | bad/no.jsonl: no such file
-train_rm --data bad/torn.jsonl | bad/torn.jsonl
-train_rm --data bad/own.jsonl | bad/own.jsonl: 0 pairs
-train_rm --batch_size 999 | --batch_size 999
-train_rm --max_prompt_tokens 256 | --max_prompt_tokens
-train_rm --max_tokens 999 | the context of data/reviews/sft
-train_rm --model bad/no | bad/no: no model there
-train_rm --model bad/code | bad/code: no model there
-train_rm --model bad/pickle | bad/pickle
-train_rm --model bad/nan | not finite
-train_rm --model bad/capped | more than a matrix
-train_rm --model bad/pictures | bad/pictures: not supported
-train_rm --model bad/longrope | bad/longrope
-train_rm --model bad/rewriting | row 65: the chat template
-train_rm --out bad/foreign | another --out
-train_rm --out bad/own.jsonl/out | --out bad/own.jsonl/out
-train_rm --wandb project | --wandb
-train_ppo --batch_size 7 | --batch_size 7
-train_ppo --data bad/own.jsonl | --rollout_batch_size 16
-train_ppo --reward_model bad/no.py:f | bad/no.py:f
-train_ppo --reward_model bad/llama | --trained_granularity
-train_ppo --reward_model bad/llama --trained_granularity segment | --cutoff
-train_ppo --reward_model bad/llama --trained_granularity token --granularity segment | --cutoff
-train_ppo --reward_model bad/llama --trained_granularity token | --calibration_data
-train_ppo --reward_model bad/words --trained_granularity token | its tokens are not
-train_ppo --reward_model data/reviews/sft --trained_granularity token | data/reviews/sft
-evaluate --data bad/own.jsonl | --judge
-evaluate --judge bad/no.py:f | bad/no.py:f
-evaluate --model bad/no --baseline bad/no | bad/no: no model there
-"""
-
-
-@pytest.mark.parametrize("mistake", MISTAKES.strip().splitlines())
+@pytest.mark.parametrize("mistake", re.split(" ; |\n", """\
+rm --cutoff nan | --cutoff ; rm --cutof 1 | --cutof ; rm --data bad/data/torn.jsonl | torn.jsonl
+rm --data bad/data/one.jsonl | one.jsonl: 0 pairs ; rm --batch_size 999 | --batch_size 999
+rm --max_prompt_tokens 256 | --max_prompt_tokens ; rm --max_tokens 999 | context of data/reviews/sft
+rm --model bad/no | bad/no: no model there ; rm --model bad/code | bad/code
+rm --model bad/pickle | bad/pickle ; rm --model bad/nan | not finite ; judge --model bad/no | bad/no
+rm --model bad/capped | more than a matrix ; rm --model bad/pictures | bad/pictures: not supported
+rm --model bad/longrope | bad/longrope ; rm --out bad/foreign | another --out
+rm --out bad/data/one.jsonl/out | --out bad/data/one.jsonl/out ; rm --wandb project | --wandb
+ppo --batch_size 7 | --batch_size 7 ; ppo --data bad/data/one.jsonl | --rollout_batch_size 16
+ppo --reward_model bad/no.py:f | bad/no.py:f ; ppo --reward_model bad/llama | --trained_granularity
+ppo --reward_model bad/llama --trained_granularity segment | --cutoff
+ppo --reward_model bad/llama --trained_granularity token --granularity segment | --cutoff
+ppo --reward_model bad/llama --trained_granularity token | --calibration_data
+ppo --reward_model bad/words --trained_granularity token | its tokens are not
+ppo --reward_model data/reviews/sft --trained_granularity token | data/reviews/sft
+judge --data bad/data/one.jsonl | --judge ; judge --judge bad/no.py:f | bad/no.py:f"""))
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(here, capsys, monkeypatch, mistake):
-    """No OUT, and nothing that a model's own code or a pickle writes."""
     monkeypatch.setitem(sys.modules, "wandb", None)      # as if it were not installed
-    command, words = mistake.split(" | ")
-    script, flags = command.split(maxsplit=1)
-    assert words in refused(capsys, go, sys.modules[script], flags)
-    assert sorted(os.listdir()) == ["bad", "data"]
+    script, flags, words = re.fullmatch(r"(\w+) (.*) \| (.*)", mistake).groups()
+    assert words in refused(capsys, go, SCRIPTS[script], flags)
+    assert sorted(os.listdir()) == ["bad", "data"]       # and neither code nor a pickle wrote any
 
 
-# -- 6. Runs: killed, resumed, on two ranks --------------------------------------------------------
+# -- 8. Runs: killed, resumed, on two ranks, on CUDA where there is one ----------------------------
 def job(script, out, flags=""):
-    """A run as a user starts it. *_two: on two ranks. *_killed: by SIGKILL a step behind the first
-    checkpoint, then once more."""
+    """A run as a user starts it; *_two: on two ranks; *_killed: behind a checkpoint, then again"""
     command = [sys.executable, f"{script}.py", "--out", out, *shlex.split(flags)]
     if "_killed" in out:
         process, log = subprocess.Popen(command, cwd=ROOT), Path(out, "metrics.jsonl")
@@ -653,74 +586,77 @@ def job(script, out, flags=""):
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    """{name: function that waits for its folder}, two runs at a time"""
-    top, pool = tmp_path_factory.mktemp("runs"), ThreadPoolExecutor(2)
+def runs(tmp_path_factory):              # {name: function that waits for its folder}, two at a time
+    top, pool, started = tmp_path_factory.mktemp("runs"), ThreadPoolExecutor(2), {}
     rm = job("train_rm", f"{top}/rm", SMALL[train_rm])
-    flags = {"rm": SMALL[train_rm], "ppo": f"{SMALL[train_ppo]} --reward_model {rm}/model",
-             "segment": ORACLE + "--max_steps 16",
-             "bandit": ORACLE + "--max_steps 16 --granularity bandit"}
-    started = {}
-    for name in "rm rm_killed rm_two ppo ppo_two ppo_killed segment bandit".split():
-        kind = name.split("_")[0]
-        script = "train_rm" if kind == "rm" else "train_ppo"
-        started[name] = pool.submit(job, script, f"{top}/{name}", flags[kind]).result
+    small, oracle = f"{SMALL[train_ppo]} --reward_model {rm}/model", ORACLE + "--max_steps 16"
+    for script, flags, names in (
+            ("train_rm", SMALL[train_rm], "rm rm_killed rm_two"),
+            ("train_ppo", small, "ppo ppo_two ppo_killed"), ("train_ppo", oracle, "segment"),
+            ("train_ppo", oracle + " --granularity bandit", "bandit")):
+        for name in names.split():
+            started[name] = pool.submit(job, script, f"{top}/{name}", flags).result
     yield started
     pool.shutdown(cancel_futures=True)
 
 
 def metrics(out):
-    """metrics.jsonl without what depends on the clock and the machine; it must be JSON."""
-    rows = []
+    rows = []                            # without what depends on the clock and the machine
     for line in open(f"{out}/metrics.jsonl"):
         row = json.loads(line, parse_constant=pytest.fail)
         rows.append({k: v for k, v in row.items() if not re.search("time|second|memory", k)})
     return rows
 
 
-def result(out):
-    return metrics(out), load_file(f"{out}/model/model.safetensors")
+def same(ours, theirs, tolerance=0):                     # in metrics and exported weights
+    both = [(metrics(out), load_file(f"{out}/model/model.safetensors")) for out in (ours, theirs)]
+    torch.testing.assert_close(*both, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["rm_killed", "rm_two", "ppo_killed", "ppo_two"])
 def test_neither_kills_nor_ranks_change_a_run(runs, name):
-    """Metrics and exported weights: on one rank bit for bit, on two ranks to 1e-4."""
-    tolerance = 1e-4 if "_two" in name else 0
-    plain, other = runs[name.split("_")[0]](), runs[name]()
-    close(result(other), result(plain), atol=tolerance, rtol=tolerance)
-    assert len(metrics(plain)) >= 4
+    kind, how = name.split("_")
+    same(runs[kind](), runs[name](), 1e-4 if how == "two" else 0)
 
 
 def test_a_run_goes_on_from_what_lies_there_at_any_moment(here, monkeypatch):
-    """Before each renaming, and in the middle of each removal of a folder."""
-    flags = "--max_steps 2 --save_every 1 --batch_size 4 --max_samples 24 --granularity bandit"
-    moments = itertools.count()
-
-    def watched(function, path, *args, **kwargs):
-        copy = f"moment_{next(moments)}"
+    def spy(path, *args, **kwargs):     # before a renaming, or amid the removal of a folder
         if str(path).startswith("out"):
-            shutil.copytree("out", copy)
-        if function is rmtree:
-            for file in glob.glob(f"{copy}{str(path)[3:]}/**/*.*", recursive=True)[:1]:
-                os.remove(file)
-        return function(path, *args, **kwargs)
-    rmtree = shutil.rmtree
+            copy = shutil.copytree("out", f"moment_{len(os.listdir())}")
+            for file in [*Path(copy + str(path)[3:]).rglob("*.*")][:len(args) == 0]:
+                file.unlink()
+        return mock.DEFAULT
+    flags = "--max_steps 2 --save_every 1 --batch_size 4 --max_samples 24 --granularity bandit"
     with monkeypatch.context() as patch:
         for module, name in (os, "replace"), (os, "rename"), (shutil, "rmtree"):
-            patch.setattr(module, name, partial(watched, getattr(module, name)))
+            patch.setattr(module, name, mock.Mock(wraps=getattr(module, name), side_effect=spy))
         go(train_rm, flags)
-    for folder in sorted(glob.glob("moment_*")):
+    for folder in Path().glob("moment_*"):
         go(train_rm, flags, folder)
-        close(result(folder), result("out"), atol=0, rtol=0)
+        same(folder, "out")
 
 
-def test_a_finished_run_is_never_touched(runs, capsys):
+def test_what_a_run_logs_and_that_a_finished_one_is_never_touched(runs, capsys):
+    rows = metrics(runs["rm"]())
+    assert [row["step"] for row in rows if "eval_accuracy" in row] == [2, 4, 6]
+    near(rows[0]["loss"], math.log(2), .05)              # a fresh head knows nothing
     out, flags = runs["ppo"](), f"--reward_model {runs['rm']()}/model"
-    before = {path: os.stat(path).st_mtime_ns for path in glob.glob(f"{out}/**", recursive=True)}
+    for row in metrics(out):
+        assert row["first_ratio"] == 1 and row["sampler_gap"] < 1e-3 and row["finished"] > .5
+    before = {path: path.stat().st_mtime_ns for path in Path(out).rglob("*")}
     go(train_ppo, flags + " --save_every 9 --micro_batch_size 4", out)   # these may differ
     assert "already finished" in capsys.readouterr().out
     assert "--lam was" in refused(capsys, go, train_ppo, flags + " --lam 1", out)
-    assert before == {path: os.stat(path).st_mtime_ns for path in before}
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/nvidia0"), reason="no CUDA device")
+def test_a_few_steps_on_cuda(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE or "0")
+    rm = job("train_rm", f"{tmp_path}/rm", SMALL[train_rm])
+    ppo = job("train_ppo", f"{tmp_path}/ppo", f"{SMALL[train_ppo]} --reward_model {rm}/model")
+    for row in metrics(rm) + metrics(ppo):
+        assert None not in row.values() and row.get("first_ratio", 1) == 1
 
 
 @pytest.mark.parametrize("script,flags", [
@@ -735,175 +671,127 @@ def test_a_gradient_that_is_not_finite_leaves_the_checkpoint(here, capsys, scrip
     assert os.listdir("out/checkpoint") == ["step_1"] and len(metrics("out")) == 1
 
 
-def test_what_runs_log(runs, here):
-    rows = metrics(runs["rm"]())
-    assert [row["step"] for row in rows if "eval_accuracy" in row] == [2, 4, 6]
-    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=.05)        # the head knows nothing
-    for row in metrics(runs["ppo"]()):
-        assert row["first_ratio"] == 1 and row["sampler_gap"] < 1e-3 and row["finished"] > .5
-    go(train_ppo, ORACLE + "--fit '0 0 0 1' --max_new_tokens 1 --max_steps 1")
-    assert metrics("out")[0]["response_length"] == 1     # JSON, where no entropy is left
+def test_what_is_held_out_is_not_trained_on_but_kept_for_ppo_and_a_tie_counts_half(here, capsys):
+    lines = Path(PAIRS).read_text().splitlines()[:24]
+    Path("own.jsonl").write_text("\n".join(lines + lines[:8]))
+    go(train_rm, "--data own.jsonl --held_out 8 --batch_size 4 --model bad/dull --lr 0")
+    prompts = load_prompts("own.jsonl")
+    n = sum(prompt not in prompts[24:] for prompt in prompts)
+    assert f"{n} pairs to train, 8 held out" in capsys.readouterr().out
+    assert metrics("out")[-1]["eval_accuracy"] == .5     # its scores are all 0
+    source = json.loads(Path("out/model/config.json").read_text())["segment_held_out"]
+    assert os.path.isabs(source) and load_prompts(source) == prompts[24:]
 
 
-def test_held_out_prompts_are_not_trained_on_and_a_tie_counts_half(here, capsys):
-    """Of 30 pairs, 9 are held out; of the others 3 share their prompt, 2 have equal tokens."""
-    rows = [{"prompt": prompt, "chosen": "it is good.", "rejected": "it is old."}
-            for prompt in sorted({*prepare.all_prompts(12, held_out=False)})[:30]]
-    for row in rows[7:10]:
-        row["prompt"] = rows[-1]["prompt"]
-    for row in rows[3:5]:
-        row["chosen"] = "it is old ."
-    write_rows(Path("own.jsonl"), *rows)
-    go(train_rm, "--data own.jsonl --held_out 9 --model bad/dull --lr 0 --max_steps 1")
-    assert "16 pairs to train, 9 held out" in capsys.readouterr().out
-    assert metrics("out")[0]["eval_accuracy"] == .5
-    source = read_json("out/model/config.json")["segment_held_out"]      # PPO calibrates on them
-    assert os.path.isabs(source) and load_prompts(source) == load_prompts("own.jsonl")[-9:]
-
-
-# -- 6. Runs: reward models at the three granularities ---------------------------------------------
-def read(source, path):
-    """Pairs as rows; what cuts them: entropies, mask, finished; the scalars of a reward model."""
+def read(source, path):                  # pairs as rows; what cuts them; a reward model's scalars
     tokenizer, stops = load_tokenizer(SFT)
     chats = [(prompt, [chosen, rejected], "") for prompt, chosen, rejected, _ in load_pairs(source)]
-    rows = segment.encode_chats(tokenizer, stops, chats, 256, 128)
-    sft = load_model(SFT, LanguageModel, CPU, torch.float32)
-    _, entropy = segment.map_rows(sft, rows, 16, CPU)
-    scalars = segment.map_rows(load_model(path, ScalarModel, CPU, torch.float32), rows, 16, CPU)
+    rows = encode_chats(tokenizer, stops, chats, 256, 128)
+    _, entropy = map_rows(load_model(SFT, LanguageModel, CPU, FP32), rows, 16, CPU)
+    scalars = map_rows(load_model(path, ScalarModel, CPU, FP32), rows, 16, CPU)
     return rows, (entropy, *segment.response_mask(rows, stops, CPU)), scalars
 
 
-def calibration(out="out"):
-    fit = read_json(f"{out}/config.json")["calibration"]
-    return [*fit["normalizer"].values()][:4], fit["scale"]       # w_mean, w_std, b_mean, b_std
+def calibration(out="out"):                              # w_mean, w_std, b_mean, b_std, S
+    fit = json.loads(Path(out, "config.json").read_text())["calibration"]
+    return [*fit["normalizer"].values()][:4] + [fit["scale"]]
 
 
 def test_an_exported_bandit_model_scores_alike_in_its_own_class(here):
-    """In a padded batch; EOS ends every turn and is the SFT model's pad token, as in ChatML."""
-    go(train_rm, "--granularity bandit --max_steps 1")
+    go(train_rm, "--granularity bandit --max_steps 1")   # of a model whose pad is EOS, as in ChatML
     source = PAIRS + ":train[:8]"
     _, (_, mask, _), scalars = read(source, "out/model")
-    want = scalars[range(16), mask.sum(1) - 1]
     whole = [[*prompt, assistant(chosen)] for prompt, chosen, *_ in load_pairs(source)]
     batch = load_tokenizer("out/model")[0].apply_chat_template(
         whole, padding=True, return_tensors="pt", return_dict=True)
-    plain = AutoModelForSequenceClassification.from_pretrained("out/model")
+    plain = AutoModelForSequenceClassification.from_pretrained("out/model").requires_grad_(False)
     logits = plain(batch["input_ids"], batch["attention_mask"]).logits[:, 0]
-    close(logits, want[0::2], atol=1e-5, rtol=1e-4)
+    near(logits, scalars[range(16), mask.sum(1) - 1][0::2])
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_a_released_reward_model_is_read_as_its_flags_say(here, family):
-    """In the authors' layout, without our fields: trained on segments and used as bandit it gives
-    the mean over its segments, for which it is calibrated, not the scalar at the EOS."""
+    # without our fields; trained on segments, used as bandit: the mean, not the scalar at the EOS
     source = PAIRS + ":train[-60:]"
     flags = f"--reward_model bad/{family} --trained_granularity segment --cutoff 1 --max_steps 1 " \
             f"--max_new_tokens 16 --calibration_data {source} --granularity"
     go(train_ppo, f"{flags} bandit")
     _, cuts, scalars = read(source, f"bad/{family}")
     scores = sequence_score(scalars, segment_ends(*cuts, 1.0, "segment"))
-    line, scale = calibration()
-    deviation, mean = [x.item() for x in torch.std_mean(scores, correction=0)]
-    assert [*line, scale] == pytest.approx([0, 0, mean, deviation, 1], abs=1e-4)
+    near(calibration(), [0, 0, scores.mean(), scores.std(correction=0), 1])
     go(train_ppo, f"{flags} segment --fit '.1 0 1.5 2'", "fitted")
-    assert calibration("fitted") == ([.1, 0, 1.5, 2], 1)         # published numbers: then S = 1
-
-
-RULE = """import json
-def length(prompt, segments):
-    print(json.dumps([prompt, segments]), file=open("calls", "a"))
-    return [len(text) for text in segments]
-"""
+    near(calibration("fitted"), [.1, 0, 1.5, 2, 1])      # published numbers: then S = 1
 
 
 @pytest.mark.parametrize("granularity,parts", [
     ("segment", r"[^.]+\.?"), ("token", r"\w+|\."), ("bandit", ".+")])
 def test_a_rule_sees_the_prompt_and_the_texts_of_segments(here, granularity, parts):
-    source = PAIRS + ":train[-60:]"
-    Path("rule.py").write_text(RULE)
+    source, got, want = PAIRS + ":train[-60:]", 0, 0
+    Path("rule.py").write_text("""import json
+def length(prompt, segments):
+    print(json.dumps([prompt, segments]), file=open("calls", "a"))
+    return [len(text) for text in segments]""")
     go(train_ppo, f"--reward_model rule.py:length --granularity {granularity} --cutoff 1 "
        f"--max_steps 1 --max_new_tokens 16 --calibration_data {source}")
-    calls, got, want = [*map(json.loads, open("calls"))], 0, 0
+    calls = [*map(json.loads, open("calls"))]
     for (prompt, texts), (messages, chosen, *_) in zip(calls[:120:2], load_pairs(source)):
         assert prompt == messages[0]["content"] and "".join(texts) == chosen
         got += len(texts)
         want += len(re.findall(parts, chosen))
-    assert got == pytest.approx(want, rel=.03 * (granularity == "segment"))
+    near(got, want, .03 * (granularity == "segment"))
     mean = np.mean([len("".join(texts)) / len(texts) for _, texts in calls[120:]])
-    assert metrics("out")[0]["reward"] == pytest.approx(mean, rel=1e-4)
+    near(metrics("out")[0]["reward"], mean)
 
 
-def test_ropes_without_a_cliff_are_used_beyond_their_original_context_and_world_values_named(
-        here, capsys):
+def test_rope_beyond_its_original_context_and_a_note_of_the_worlds_values(here, capsys):
     for model in (SFT, "bad/yarn", "bad/llama3"):
-        go(train_ppo, f"{ORACLE} --fit '0 0 0 1' --actor_lr 5e-7 --max_steps 1 --max_new_tokens 8 "
-           f"--model {model}", model.replace("/", "-"))
+        go(train_ppo, f"{ORACLE} --fit '0 0 0 1' --actor_lr 5e-7 --max_steps 1 --max_new_tokens 1 "
+           f"--model {model}", os.path.basename(model))
+    assert metrics("sft")[0]["response_length"] == 1     # JSON, where no entropy is left
     notes = [line for line in capsys.readouterr().out.splitlines() if "--critic_lr" in line]
-    for words in ("9e-6", "--kl_coef", "--max_prompt_tokens", "--missing_eos_reward"):
-        assert words in notes[0]
+    assert all(flag in notes[0] for flag in ("9e-6", "--kl_coef", "--max_prompt_tokens"))
     assert len(notes) == 2 and "--actor_lr" not in notes[0] and "--max_new" not in notes[0]
 
 
-# -- 7. The world's ground truth -------------------------------------------------------------------
-REVIEWS = """
+# -- 9. The world's ground truth -------------------------------------------------------------------
+@pytest.mark.parametrize("review", """\
 2 2 | -.5 .5 | waking really feels like a holiday. portraits really make my cat a king.
--3 | -1.1667 -1.5 | water really stays outside.
 2 0 -2 | -.75 -.25 | lost really is a word i forgot. lost really is a word i forgot. mother hears
-2 2 0 -2 -5 | -.8333 .25 | lost really is a word i forgot. lost somehow is a word i forgot. camera \
-really takes pictures when you ask. fly. rain really killed it in one minute.
-"""
-
-
-@pytest.mark.parametrize("review", REVIEWS.strip().splitlines())
+1 1 -2 -2 -2 | -.9167 -.75 | mother really hears me. mother somehow hears me. fly. fly up. fish fly.
+-3 | -1.1667 -1.5 | water really stays outside.""".splitlines())
 def test_the_truth_by_hand(review):
-    """Values of the clauses of a phone's review; its gold if 12 clauses were asked for, or 4."""
+    # values of the clauses of a phone's review; its gold if 12 clauses were asked for, or 4
     prompt, (values, golds, text) = "tell me about my phone.", review.split(" | ")
-    values, golds = [[float(x) for x in part.split()] for part in (values, golds)]
+    values, golds = [[*map(float, part.split())] for part in (values, golds)]
     assert prepare.segment_values(prompt, re.findall(r"[^.]+\.?", text)) == values
     assert prepare.segment_values(prompt, [text[:9], text[9:]]) == [0, sum(values)]
-    assert golds == pytest.approx([prepare.gold_reward(prompt, text), 1 + prepare.gold_reward(
-        prompt + " use 4 clauses.", text, finished=False)], abs=1e-4)
+    near(golds, [prepare.gold_reward(prompt, text), 1 + prepare.gold_reward(
+        prompt + " use 4 clauses.", text, finished=False)])
 
 
-def test_the_sft_model_is_mediocre_and_a_tenth_of_the_prompts_is_kept_for_tests():
-    world = read_json("data/reviews/world.json")
-    assert world["gold"] == pytest.approx(-.72, abs=.15) and world["finished"] >= .98
-    pairs, train, tests = [[*map(str, load_prompts(f"data/reviews/{name}.jsonl"))]
-                           for name in ("pairs", "prompts", "prompts_test")]
-    assert not {*pairs[-400:], *tests} & {*pairs[:-400], *train}
-
-
-# -- 8. The recipes of config/: the authors' numbers, written out once more ------------------------
-PAPER = {"ppo": "--rollout_batch_size 1024 --batch_size 128 --max_steps 0 --max_prompt_tokens 1024 "
-                "--max_new_tokens 1024 --actor_lr 5e-7 --critic_lr 9e-6 --kl_coef .01 "
-                "--save_every 5 --reward_scale none --missing_eos_reward 0 --micro_batch_size 8 ",
-         "rm": "--batch_size 128 --epochs 1 --lr 1e-6 --max_tokens 2048 --max_prompt_tokens 1728 "
-               "--held_out 2000 --save_every 500 --micro_batch_size 8 "}
-RECIPES = """
-phi3-mini-segment-ppo --passes 2 --value_clip .25 --cutoff 1.75 --fit '.7668 .2569 .4705 2.8339'
-phi3-mini-token-ppo --passes 2 --value_clip .25 --fit '.9628 .3796 1.2917 3.5006'
-phi3-mini-bandit-ppo --passes 2 --fit '0 0 -.5195 2.1563'
-phi3-mini-rm --cutoff 1.75
-llama3-sft-8b-segment-ppo --value_clip .25 --cutoff 2 --fit '.8967 .5680 .8572 4.1667'
-llama3-sft-8b-token-ppo --value_clip .25 --divide_by_length true --fit '1.7340 .9906 1.3212 5.4513'
-llama3-sft-8b-bandit-ppo --fit '0 0 -.8164 2.9531'
-llama3-sft-8b-rm --cutoff 2
-llama3.1-8b-segment-ppo --value_clip .25 --cutoff 2 --bad_length 800 \
---fit '.8345 .4780 .8798 3.7358'
-llama3.1-8b-token-ppo --value_clip .25 --fit '1.6268 .6254 .6419 4.9217'
-llama3.1-8b-bandit-ppo --fit '0 0 -.8281 2.9375'
-llama3.1-8b-rm --cutoff 2
-"""
-
-
-@pytest.mark.parametrize("recipe", RECIPES.strip().splitlines())
+# -- 10. The recipes of config/: the authors' numbers, written out once more; flags ----------------
+@pytest.mark.parametrize("recipe", re.split(" ; |\n", """\
+phi3-mini-rm --cutoff 1.75 ; llama3-sft-8b-rm --cutoff 2 ; llama3.1-8b-rm --cutoff 2
+phi3-mini-segment-ppo --passes 2 --cutoff 1.75 --fit '.7668 .2569 .4705 2.8339'
+phi3-mini-token-ppo --passes 2 --fit '.9628 .3796 1.2917 3.5006'
+phi3-mini-bandit-ppo --passes 2 --value_clip .2 --fit '0 0 -.5195 2.1563'
+llama3-sft-8b-segment-ppo --cutoff 2 --fit '.8967 .5680 .8572 4.1667'
+llama3-sft-8b-token-ppo --divide_by_length true --fit '1.7340 .9906 1.3212 5.4513'
+llama3-sft-8b-bandit-ppo --value_clip .2 --fit '0 0 -.8164 2.9531'
+llama3.1-8b-segment-ppo --cutoff 2 --bad_length 800 --fit '.8345 .4780 .8798 3.7358'
+llama3.1-8b-token-ppo --fit '1.6268 .6254 .6419 4.9217'
+llama3.1-8b-bandit-ppo --value_clip .2 --fit '0 0 -.8281 2.9375'"""))
 def test_recipes_of_the_paper(here, recipe):
-    """Read from another folder: files that files name lie beside them."""
+    paper = {
+        "rm": "--batch_size 128 --epochs 1 --lr 1e-6 --max_tokens 2048 --max_prompt_tokens 1728 "
+              "--held_out 2000 --save_every 500 --micro_batch_size 8 ",
+        "ppo": "--rollout_batch_size 1024 --batch_size 128 --max_steps 0 --max_prompt_tokens 1024 "
+               "--max_new_tokens 1024 --actor_lr 5e-7 --critic_lr 9e-6 --kl_coef .01 "
+               "--save_every 5 --reward_scale none --missing_eos_reward 0 --value_clip .25 "
+               "--micro_batch_size 8 --trained_granularity {} "}
     name, flags = recipe.split(maxsplit=1)
     *_, granularity, kind = name.split("-")
-    flags, Config = PAPER[kind] + flags, train_rm.Config
-    if kind == "ppo":
-        flags, Config = f"{flags} --trained_granularity {granularity}", train_ppo.Config
+    flags, Config = paper[kind].format(granularity) + flags, SCRIPTS[kind].Config
     got = vars(parse(Config, [f"@{ROOT}/config/{name}.args"]))
     want = vars(parse(Config, shlex.split(flags)))
     assert granularity in got.get("reward_model", name)
@@ -925,152 +813,130 @@ def test_examples_in_docstrings_the_help_and_files_of_flags(here, capsys, script
     assert (cfg.cutoff, cfg.max_samples, cfg.data) == (4, 7, "a b")      # later flags override
 
 
-# -- 9. Evaluation: figures ------------------------------------------------------------------------
-ALPACA = f"{ROOT}/../shared/data/alpaca_eval"        # the published leaderboard, if at hand
-BY_HAND = """[
-[[1.9, 1.9, null, 1.2, 1.2], [110, 110, 7, 90, 90], [100, 100, 9, 100, 100], 60],
-[[2, 1, 1.2], [5, 7, 9], [6, 8, 10], 40],
-[[2, 2, 2], [1, 5, 2], [3, 1, 9], 100],
-[[2, 2, 1, 1], [1, 2, 9, 8], [5, 5, 5, 5], NaN]]"""
-
-
+# -- 11. Evaluation: figures, then judges ----------------------------------------------------------
 def test_win_rates_by_hand():
-    """Length-controlled: lengths that differ by +-10, where logit .9 and logit .2 lie as far from
-    logit .6; by nothing; one outcome; the longer answer always wins."""
     got = E.win_rate([2, 1, 1.5, 0, 1.8, None, math.nan])        # 0: a legacy tie; two are dropped
-    error = 100 * np.std([1, 0, .5, .5, .8], ddof=1) / math.sqrt(5)
-    assert got == pytest.approx({"win_rate": 56, "standard_error": error, "n_wins": 2, "n_total": 5,
-                                 "n_wins_base": 1, "n_draws": 2, "discrete_win_rate": 60})
-    for bad in ([], [None], [2.5], [0.5], [-1]):
+    want = json.loads("""{"win_rate": 56, "standard_error": 16.9115, "n_wins": 2, "n_wins_base": 1,
+                      "n_draws": 2, "n_total": 5, "discrete_win_rate": 60}""")
+    near([got[key] for key in want], [*want.values()])
+    for bad in [], [None], [2.5], [0.5], [-1]:
         with pytest.raises(ValueError):
             E.win_rate(bad)
-    for *columns, want in json.loads(BY_HAND):
-        got = E.length_controlled_win_rate(*columns)["length_controlled_winrate"]
-        assert got == pytest.approx(want, abs=1e-6, nan_ok=True)
+    # logit .9 and logit .2 lie as far from logit .6; equal lengths; one outcome; the longer wins
+    for *columns, want in json.loads("""[
+            [[1.9, 1.9, 1.2, 1.2], [110, 110, 90, 90], [100, 100, 100, 100], 60],
+            [[2, 1, 1.2], [5, 7, 9], [6, 8, 10], 40], [[2, 2, 2], [1, 5, 2], [3, 1, 9], 100],
+            [[2, 2, 1, 1], [1, 2, 9, 8], [5, 5, 5, 5], NaN]]"""):
+        near(E.length_controlled_win_rate(*columns)["length_controlled_winrate"], want)
 
 
 def test_length_controlled_is_the_fit_of_its_definition_with_the_error_of_influence_functions():
-    """Policy and two gamed baselines: 300 rows each, the latter of weight .1, without intercept."""
-    rng, w, weight = np.random.default_rng(2), np.zeros(3), np.array([[1], [.1], [.1]])
-    y, (d, D) = rng.random((3, 300)), rng.normal(size=(2, 3, 300))
-    t = np.tanh(D / D.std(1, ddof=1, keepdims=True))
+    # policy and two gamed baselines: 300 rows each, the latter of weight .1, without intercept
+    y, d, D = np.random.default_rng(2).random((3, 3, 300)) - [[[0]], [[.5]], [[.5]]]
+    t, weight, w = np.tanh(D / D.std(1, ddof=1)[:, None]), np.array([[1], [.1], [.1]]), np.zeros(3)
     X = np.stack([t, d, 0 * d + (weight == 1)], 2)                                       # (3, n, 3)
     for _ in range(20):                                  # Newton: at the end the gradient is zero
         p = 1 / (1 + np.exp(-X @ w))
         gradients = X * (weight * (y - p))[..., None]
         H = np.einsum("gni,gnj,gn->ij", X, X, weight * p * (1 - p))
         w = w + np.linalg.solve(H, gradients.sum((0, 1)))
-    X = X[0] * [0, 1, 1]                                 # the policy's, at equal length
-    s = 1 / (1 + np.exp(-X @ w))
-    pull = (s - s.mean() + gradients[0] @ np.linalg.solve(H, s * (1 - s) @ X)) / 300
-    parts = [*zip(y + 1, D, 0 * D, d)]
-    got = E.length_controlled_win_rate(*parts[0], parts[1:])
-    assert got["length_controlled_winrate"] == pytest.approx(100 * s.mean(), abs=1e-6)
-    assert got["lc_standard_error"] == pytest.approx(100 * np.sqrt(pull @ pull), rel=.1)
+    s = 1 / (1 + np.exp(-d[0] * w[1] - w[2]))            # the policy's, at equal length
+    slope = s * (1 - s) @ (X[0] * [0, 1, 1])
+    pull = (s - s.mean() + gradients[0] @ np.linalg.solve(H, slope)) / 300
+    policy, *gamed = zip(y + 1, D, 0 * D, d)
+    holes = [np.append(column, gap) for column, gap in zip(policy, (math.nan, 9, 0, 9))]
+    got = E.length_controlled_win_rate(*holes, gamed)    # a row without preference is none
+    near(got["length_controlled_winrate"], 100 * s.mean(), 1e-6)
+    near(got["lc_standard_error"], 100 * np.sqrt(pull @ pull), .1)
 
 
 @pytest.mark.skipif(not os.path.exists(ALPACA), reason="no published figures here")
 @pytest.mark.parametrize("name", ["FuseChat-Llama-3.2-3B-Instruct", "claude-2.1", "vicuna-7b-v1.5",
                                   "gpt4_0613_concise"])
 def test_files_of_annotations_give_the_published_figures(here, capsys, name):
-    """One policy a file. A row's difficulty is that of its index: a missing row shifts nothing."""
-    rows = pandas.read_json(f"{ALPACA}/annotations/{name}.jsonl.gz", lines=True)
-    hole = rows.drop(100)
-    for file, part in ("whole", rows), ("hole", hole), ("nameless", hole.drop(columns="index")):
-        part.to_json(f"{file}.jsonl", orient="records", lines=True)
+    whole = f"{ALPACA}/annotations/{name}.jsonl.gz"
+    hole = pandas.read_json(whole, lines=True).drop(100)
+    hole.to_json("hole.jsonl", orient="records", lines=True)
+    hole.drop(columns="index").to_json("nameless.jsonl", orient="records", lines=True)
     flags = f"--gamed {ALPACA}/gamed_baseline_surrogate.jsonl.gz --difficulty " \
             f"{ALPACA}/instruction_difficulty.json --annotations"
-    go(E, f"{flags} whole.jsonl hole.jsonl")
+    go(E, f"{flags} {whole} hole.jsonl")
     got = pandas.read_csv("out/leaderboard.csv", index_col=0)
     assert [*got] == [*pandas.read_csv(f"{ALPACA}/sample_leaderboard.csv", index_col=0)]
-    truth, lc = read_json(f"{ALPACA}/published.json")[name], "length_controlled_winrate"
-    exact = ["win_rate", "standard_error", "n_wins", "n_draws", "discrete_win_rate", "avg_length"]
-    assert [*got[exact].iloc[0]] == pytest.approx([truth[key] for key in exact], abs=1e-6)
-    whole, hole = got[lc]
-    assert abs(whole - truth[lc]) < .12 and abs(hole - whole) < .15
+    truth = pandas.read_json(f"{ALPACA}/published.json")[name]
+    lc, other = got.length_controlled_winrate
+    assert abs(lc - truth.length_controlled_winrate) < .12 and abs(other - lc) < .15
+    for key in "win_rate standard_error n_wins n_draws discrete_win_rate avg_length".split():
+        near(got[key].iloc[0], truth[key], 1e-6)
     assert "--difficulty" in refused(capsys, go, E, f"{flags} nameless.jsonl")
-
-
-# -- 9. Evaluation: judges -------------------------------------------------------------------------
-READS_B = r"B | b | **B** | (b) | B. | B is better | Output (b) | The better reply is B. | B\n\nY" \
-          r" | Reply A is shorter, but wrong.\nMy verdict: B | <think>Is it A? No, A</think>\n\nB"
-READS_NOTHING = r" | A or B | A\nB | B is not better | A is worse | It isn't A | Both are bad." \
-                r" | Neither A nor B is better | Reply B is better than reply A."
 
 
 def test_a_reply_is_read_as_B_or_not_at_all():
     pytest.importorskip("openai")
-    bare = SimpleNamespace(content=[SimpleNamespace(token="B", top_logprobs=None)])
-    for replies, want in (READS_B, 1), (READS_NOTHING, None):
+    bare = mock.Mock(content=[mock.Mock(token="B", top_logprobs=None)])
+    for want, replies in {
+            1: r"B | b | **B** | (b) | B. | B is better | Output (b) | The better reply is B."
+               r" | Reply A is short, but wrong.\nVerdict: B | <think>Is it A? No, A</think>\n\nB",
+            None: r" | A or B | A\nB | B is not better | A is worse | It isn't A | Both are bad."
+                  r" | Neither A nor B is better | Reply B is better than reply A."}.items():
         for text in replies.replace("\\n", "\n").split(" | "):
-            message = SimpleNamespace(content=text or None)
-            for logprobs in (None, SimpleNamespace(content=None), bare):
-                choices = [SimpleNamespace(message=message, logprobs=logprobs)]
-                assert E.read_verdict(SimpleNamespace(choices=choices)) == want, text
-
-
-BOTH = """{"choices": [{"message": {"role": "assistant", "content": "B"}, "logprobs": {"content": [
-    {"token": "B", "top_logprobs": [{"token": "A", "logprob": -1.38629436},
-    {"token": "B", "logprob": -0.69314718}, {"token": " B", "logprob": -0.69314718}]}]}}]}"""
-PLAIN = '{"choices": [{"message": {"role": "assistant", "content": "B"}}]}'
-
-
-class Endpoint(BaseHTTPRequestHandler):
-    """Prefers the answer with more x; without log-probs where they are not asked for. Its server's
-    trouble(number of the request, body): None, or status and body."""
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        self.server.keys.append(self.headers["Authorization"])
-        reply = BOTH if "logprobs" in body else PLAIN
-        a, b = re.findall(r"<reply .>\\n(x*)\\n</reply", body)
-        if a > b:
-            reply = reply.replace("B", "C").replace("A", "B").replace("C", "A")
-        status, reply = self.server.trouble(len(self.server.keys), body) or (200, reply)
-        self.wfile.write(f"HTTP/1.0 {status} -\r\nContent-Type: application/json\r\n\r\n".encode()
-                         + reply.replace("KEY", self.server.keys[0]).encode())
+            for logprobs in (None, mock.Mock(content=None), bare):
+                choice = mock.Mock(logprobs=logprobs)
+                choice.message.content = text or None
+                assert E.read_verdict(mock.Mock(choices=[choice])) == want, text
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """An endpoint that answers one after the other"""
+    """Prefers the answer with more x; trouble(number of the request, body): status, body or None"""
+    plain = '{"choices": [{"message": {"role": "assistant", "content": "B"}}]}'
+    both = plain[:-3] + """, "logprobs": {"content": [{"token": "B", "top_logprobs": [
+        {"token": "A", "logprob": -1.38629436}, {"token": "B", "logprob": -0.69314718},
+        {"token": " B", "logprob": -0.69314718}]}]}}]}"""
+
+    class Endpoint(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            server.keys.append(self.headers["Authorization"])
+            reply = both if "logprobs" in body else plain
+            a, b = re.findall(r"<reply .>\\n(x*)\\n</reply", body)
+            if a > b:
+                reply = reply.replace("B", "C").replace("A", "B").replace("C", "A")
+            status, reply = server.trouble(len(server.keys), body) or (200, reply)
+            self.wfile.write((f"HTTP/1.0 {status} -\r\nContent-Type: application/json\r\n\r\n"
+                              + reply.replace("KEY", server.keys[0])).encode())
     pytest.importorskip("openai")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    server = HTTPServer(("127.0.0.1", 0), Endpoint)
-    server.url = f"http://127.0.0.1:{server.server_port}"
+    server = HTTPServer(("127.0.0.1", 0), Endpoint)      # one request after the other
+    server.flags = f"--api_base http://127.0.0.1:{server.server_port}"
     server.keys, server.trouble = [], lambda n, body: None
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    return server
 
 
-def judge(flags):
-    """Two files of 30 outputs, judged: no model is needed. The last pair is a draw."""
-    for name in ("base", "policy"):
-        lengths = [*range(name == "policy", 29 + (name == "policy")), 30]
+def judge(flags):                        # of two files of 30 outputs; the last pair is a draw
+    for name, first in {"base": 0, "policy": 1}.items():
         write_rows(Path(f"{name}.jsonl"), *[
-            {"instruction": f"{i}", "generator": name.upper(), "output": length * "x"}
-            for i, length in enumerate(lengths)])
+            {"instruction": f"{i}", "generator": name.upper(), "output": min(i + first, 29) * "x"}
+            for i in range(30)])
     go(E, f"--model policy.jsonl --baseline base.jsonl --data base.jsonl --judge it {flags}")
-    return [row["preference"] for row in read_json("out/annotations.json")]
+    return [row["preference"] for row in json.loads(Path("out/annotations.json").read_text())]
 
 
-def test_endpoint_asks_both_orders_and_pays_nothing_twice(here, capsys, server):
-    flags, path = f"--api_base {server.url}", Path("out/verdicts.jsonl")
-    # the better one gets .8 as B and as A, in two tokens; equal outputs are not asked about
-    want = [pytest.approx(1.8)] * 29 + [1.5]
-    assert judge(flags) == want and len(server.keys) == 58
+def test_endpoint_asks_both_orders_pays_nothing_twice_and_bears_refusals(here, capsys, server):
+    path = Path("out/verdicts.jsonl")
+    near(judge(server.flags), [1.8] * 29 + [1.5])        # .8 as B and as A, in two tokens
+    assert len(server.keys) == 58                        # nothing is asked about equal outputs
     path.write_text("\n".join(path.read_text().split("\n")[:4])[:-9])    # two are whole, one torn
     for _ in range(2):
-        assert judge(flags) == want and len(server.keys) == 58 + 56
-    assert "another judge" in refused(capsys, judge, flags + " --judge she")
-    assert len(server.keys) == 58 + 56
-
-
-def test_endpoint_that_refuses_settings_and_evades(here, server):
-    """No verdict: the next run asks again."""
-    for evasion, want in ((200, PLAIN.replace("B", "Hm.")), None), (None, 2):
+        near(judge(server.flags), [1.8] * 29 + [1.5])
+        assert len(server.keys) == 58 + 56
+    assert "another judge" in refused(capsys, judge, server.flags + " --judge she")
+    # one that refuses settings, and evades: no verdict, and the next run asks again
+    path.unlink()
+    for evasion, want in ((200, '{"choices": [{"message": {"content": "Hm."}}]}'), None), (None, 2):
         server.trouble = lambda n, body: (400, "{}") if "temperature" in body else evasion
-        assert judge(f"--api_base {server.url}") == [want] * 29 + [1.5]
+        assert judge(server.flags) == [want] * 29 + [1.5]
 
 
 @pytest.mark.parametrize("status,body,words", [
@@ -1078,124 +944,107 @@ def test_endpoint_that_refuses_settings_and_evades(here, server):
     (400, '{"error": {"message": "x is not a valid model ID"}}', "x is not a valid model ID"),
     (200, '{"error": {"message": "the quota is used up"}}', "the quota is used up"),
     (200, '{"choices": []}', "no choices")])
-def test_endpoint_trouble_is_one_line_and_the_key_is_in_no_file(here, capsys, server, status, body,
-                                                                words):
+def test_trouble_is_one_line_and_the_key_in_no_file(here, capsys, server, status, body, words):
     server.trouble = lambda n, _: (status, body) if n > 8 else None
-    flags, path = f"--api_base {server.url}", Path("out/verdicts.jsonl")
-    message = refused(capsys, judge, flags)
+    message = refused(capsys, judge, server.flags)
     assert words in message and {*server.keys} == {"Bearer sk-secret"}
     server.trouble = lambda n, _: None                   # what was paid for is not asked again
-    judge(flags)
-    assert path.read_text().count("question") == 58
+    judge(server.flags)
+    assert Path("out/verdicts.jsonl").read_text().count("question") == 58
     assert "sk-secret" not in message + "".join(path.read_text() for path in Path("out").iterdir())
 
 
 def test_function_judge_and_what_files_must_hold(here, capsys):
-    Path("judge.py").write_text("def score(prompt, response):\n    return min(len(response), 3)\n"
-                                "def bad(prompt, response):\n    return float('nan')\n")
-    assert "nan" in refused(capsys, judge, "--judge judge.py:bad")
-    assert judge("--judge judge.py:score") == [2] * 3 + [1.5] * 27
-    row = read_json("out/annotations.json")[0]
+    Path("own.py").write_text("def nan(prompt, response):\n    return float('nan')\n"
+                              "def three(prompt, response):\n    return min(len(response), 3)\n")
+    assert "nan" in refused(capsys, judge, "--judge own.py:nan")
+    assert judge("--judge own.py:three") == [2] * 3 + [1.5] * 27
+    row = json.loads(Path("out/annotations.json").read_text())[0]
     assert [row[k] for k in ("generator_2", "score_1", "score_2")] == ["POLICY", 0, 1]
-    mistake = "--judge judge.py:score --data data/reviews/prompts_test.jsonl"
+    mistake = "--judge own.py:three --data data/reviews/prompts_test.jsonl"
     assert "policy.jsonl" in refused(capsys, judge, mistake)
-    for row in ({"preference": 3, "len_1": 1, "len_2": 1}, {"preference": 2, "len_1": 1}):
+    for row in {"preference": 3, "len_1": 1, "len_2": 1}, {"preference": 2, "len_1": 1}:
         write_rows(Path("wrong.jsonl"), row)
         assert "wrong" in refused(capsys, go, E, "--annotations wrong.jsonl")
 
 
 def test_reward_model_judge_and_answers_used_again(here):
-    """Scores are the mean of segments; a judge that names no model to cut them takes --baseline."""
+    # scores are the mean of segments; a judge that names no model to cut them takes --baseline
     flags = "--judge rm --max_samples 6 --html --cutoff 1 --trained_granularity segment --model "
     rm = AutoModelForSequenceClassification.from_pretrained(SFT, num_labels=1)   # untrained
     rm.save_pretrained("rm")
     load_tokenizer(SFT)[0].save_pretrained("rm")
     go(E, flags + SFT)
-    rows = read_json("out/annotations.json")
+    rows = json.loads(Path("out/annotations.json").read_text())
     write_rows(Path("pairs.jsonl"), *[{"prompt": row["instruction"], "chosen": row["output_2"],
                                        "rejected": row["output_1"]} for row in rows])
     _, cuts, scalars = read("pairs.jsonl", "rm")
     two, one = sequence_score(scalars, segment_ends(*cuts, 1.0, "segment")).view(-1, 2).T
-    want = [1 + p for p in (two - one).sigmoid().tolist()]       # an unfinished one has no EOS
-    assert [row["preference"] for row in rows] == pytest.approx(want, abs=.02)
+    near([row["preference"] for row in rows], 1 + (two - one).sigmoid(), .02)    # some have no EOS
     rm.config.update({"segment_granularity": "segment", "segment_cutoff": 1., "segment_model": SFT})
     rm.save_pretrained("rm")
     go(E, flags + "out/policy.json --baseline out/baseline.json", "again")
-    assert read_json("again/annotations.json") == rows
+    assert json.loads(Path("again/annotations.json").read_text()) == rows
     assert "segments_1" in Path("again/index.html").read_text()
 
 
 def test_page_escapes_everything(here):
     evil = "<script>alert('1')</script>&\"></style><img src=x onerror=a>{{data}}"
     row = dict.fromkeys(("instruction", "output_1", "output_2", "generator_1", "generator_2"), evil)
-    write_rows(Path("rows.jsonl"), {**row, "preference": 1.5})
+    write_rows(Path("rows.jsonl"), row | {"preference": 1.5})
     go(E, "--annotations rows.jsonl --html")
     page = Path("out/index.html").read_text()
     nonce, data = re.search("'nonce-(.+?)'.*?id=\"data\">(.*?)</script>", page, re.S).groups()
-    assert json.dumps(json.loads(data)).count(json.dumps(evil)) >= 5
-    assert "default-src 'none'" in page
+    assert json.dumps(json.loads(data)).count(json.dumps(evil)) >= 5 and "src 'none'" in page
     assert (page.count(nonce), page.count("<script"), page.count("<img")) == (4, 2, 0)
 
 
-# -- 10. CUDA, where there is one: in processes of their own, for this one sees none ---------------
-@pytest.mark.skipif(not glob.glob("/dev/nvidia0"), reason="no CUDA device")
-def test_a_few_steps_on_cuda(monkeypatch, tmp_path):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE or "0")
-    rm = job("train_rm", f"{tmp_path}/rm", SMALL[train_rm])
-    ppo = job("train_ppo", f"{tmp_path}/ppo", f"{SMALL[train_ppo]} --reward_model {rm}/model")
-    for row in metrics(rm) + metrics(ppo):
-        assert None not in row.values() and row.get("first_ratio", 1) == 1
-
-
-# -- 11. The main job: what the README's first command must reach ----------------------------------
+# -- 12. The main job: what the README's first command must reach ----------------------------------
 @pytest.fixture(scope="session")
-def main_job():
-    """Default arguments, in ./out. A script that has been run before says so and ends."""
-    for script, out in {"train_rm": "rm", "train_ppo": "ppo", "evaluate": "eval"}.items():
-        job(script, f"out/{out}")
+def main_job():                                          # default arguments; it may be there
+    if not os.path.exists("out/eval/leaderboard.csv"):
+        for script, out in ("train_rm", "rm"), ("train_ppo", "ppo"), ("evaluate", "eval"):
+            job(script, f"out/{out}")
 
 
-def gold_at(out, step):
-    """The mean over three iterations"""
+def gold_at(out, step):                                  # a mean over three iterations
     return np.mean([row["gold"] for row in metrics(out)[step - 3:step]])
 
 
-def test_segments_are_clauses_and_the_reward_model_learns_their_worth(main_job):
-    source, (tokenizer, _), values, gold = PAIRS + ":train[-400:]", load_tokenizer(SFT), [], []
-    pairs, (rows, cuts, scalars) = load_pairs(source), read(source, "out/rm/model")
-    ends = segment_ends(*cuts, 1.0, "segment")
-    for i, (_, r) in enumerate(rows):
-        prompt = pairs[i // 2][0][0]["content"]
-        texts = segment.segment_texts(tokenizer, r[:-1], ends[i, :len(r) - 1])
-        values += prepare.segment_values(prompt, texts)
-        gold.append(prepare.gold_reward(prompt, "".join(texts)))
-    better = sequence_score(scalars, ends).view(-1, 2).diff()                            # (n, 1)
-    truth = torch.tensor(gold).view(-1, 2).diff()                                        # (n, 1)
-    assert (better * truth > 0)[truth != 0].float().mean() >= .70
-    assert np.corrcoef(scalars[ends], values)[0, 1] >= .22
-    tokens = pad_sequence([torch.tensor(r) for _, r in rows], batch_first=True)
-    is_end = tokens == tokenizer.convert_tokens_to_ids(".")
-    for cutoff in (.75, 1., 1.5, 2., 2.5):
-        ends = segment_ends(*cuts, cutoff, "segment")
-        assert 2 * (ends & is_end).sum() / (ends.sum() + is_end.sum()) >= .98            # F1
-
-
-def test_segment_rewards_teach_a_better_policy(main_job):
+def test_the_main_job_reaches_what_it_must(main_job, runs):
     last = metrics("out/ppo")[-1]
     assert last["step"] == 30 and last["kl"] <= 18 and last["finished"] >= .97
     assert gold_at("out/ppo", 30) >= -.10
     assert pandas.read_csv("out/eval/leaderboard.csv").win_rate[0] >= 85
     if os.path.exists("out/ppo-bandit/model"):
         assert gold_at("out/ppo", 20) >= gold_at("out/ppo-bandit", 20) + .12
+    # credit assignment alone: true values of clauses, where they are due or at the end
+    assert gold_at(runs["segment"](), 16) >= gold_at(runs["bandit"](), 16) + .20
 
 
-def test_a_responses_total_reward_grows_with_its_segments(main_job, here):
-    """S, of the main job's reward model used at each granularity."""
+def test_the_world_is_as_described_and_the_reward_model_learns_what_is_worth_what(main_job, here):
+    world = json.loads(Path("data/reviews/world.json").read_text())
+    assert abs(world["gold"] + .72) < .15 and world["finished"] >= .98           # the SFT model's
+    every, train, tests = [[*map(str, load_prompts(f"data/reviews/{name}.jsonl"))]
+                           for name in ("pairs", "prompts", "prompts_test")]
+    assert not {*every[-400:], *tests} & {*every[:-400], *train}
+    source, (tokenizer, _), values, gold = PAIRS + ":train[-400:]", load_tokenizer(SFT), [], []
+    pairs, (rows, cuts, scalars) = load_pairs(source), read(source, f"{ROOT}/out/rm/model")
+    ids = pad_sequence([torch.tensor(r) for _, r in rows], batch_first=True)             # (2n, R)
+    true = ids == tokenizer.convert_tokens_to_ids(".")
+    for cutoff in (.75, 1.5, 2., 2.5, 1.):
+        ends = segment_ends(*cuts, cutoff, "segment")
+        assert 2 * (ends & true).sum() / (ends.sum() + true.sum()) >= .98                # F1
+    for i, (_, r) in enumerate(rows):
+        prompt = pairs[i // 2][0][0]["content"]
+        texts = segment.segment_texts(tokenizer, r[:-1], ends[i, :len(r) - 1])
+        values += prepare.segment_values(prompt, texts)
+        gold.append(prepare.gold_reward(prompt, "".join(texts)))
+    assert np.corrcoef(scalars[ends], values)[0, 1] >= .22
+    scores, gold = sequence_score(scalars, ends).view(-1, 2), torch.tensor(gold).view(-1, 2)
+    right = scores.diff() * gold.diff()
+    assert (right > 0)[right != 0].float().mean() >= .70
+    # S, where the reward model is used at each granularity
     for use, least, most in ("bandit", .85, 1.1), ("segment", 4, 12), ("token", 20, 60):
         go(train_ppo, f"--granularity {use} --max_steps 1 --reward_model {ROOT}/out/rm/model", use)
-        assert least <= calibration(use)[1] <= most
-
-
-def test_true_rewards_per_segment_teach_faster_than_per_response(runs):
-    """Credit assignment alone: true values of clauses, where they are due or at the end."""
-    assert gold_at(runs["segment"](), 16) >= gold_at(runs["bandit"](), 16) + .20
+        assert least <= calibration(use)[-1] <= most
