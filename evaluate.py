@@ -18,7 +18,7 @@ import json
 import math
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -196,13 +196,13 @@ def judge_by_reward_model(cfg, prompts, baseline, policy, device, dtype):
     model = load_model(cfg.judge, ScalarModel, device, dtype)
     scalars = map_rows(model, rows, cfg.micro_batch_size, device)                        # (2n, R)
     entropy = torch.zeros_like(scalars)                                                  # (2n, R)
-    if cfg.trained_granularity == "segment":
+    granularity, cutoff = trained_how(cfg, cfg.judge)
+    if granularity == "segment":
         segment_model = getattr(model.hf.config, "segment_model", cfg.baseline)
         check_tokens(tokenizer, segment_model)
         sft = load_model(segment_model, LanguageModel, device, dtype)
         _, entropy = map_rows(sft, rows, cfg.micro_batch_size, device)                   # (2n, R)
-    ends = cut_rows(rows, entropy, tokenizer, stops,
-                    cfg.cutoff, cfg.trained_granularity)                                 # (2n, R)
+    ends = cut_rows(rows, entropy, tokenizer, stops, cutoff, granularity)                # (2n, R)
     scores = sequence_score(scalars, ends)                                               # (2n,)
     for i, (_, r) in enumerate(rows):
         answers[i]["score"] = scores[i].item()
@@ -298,17 +298,17 @@ def read_verdict(reply):
         raise openai.OpenAIError(f"no choices in the reply: {reply}")
     choice = reply.choices[0]
     text = (choice.message.content or "").rpartition("</think>")[2]
-    said = set(VERDICT.findall(text.upper()))
-    if len(said) != 1:
+    letters = set(VERDICT.findall(text.upper()))
+    if len(letters) != 1:
         return None
-    p = Counter(dict.fromkeys(said, 1e-30))              # all that is known without log-probs ...
+    p = {letter: 1e-30 for letter in letters}            # stands alone where there are no log-probs
     tokens = choice.logprobs and choice.logprobs.content or []
-    at_letter = [token for token in tokens if token.token.strip().upper() in said]
-    for token in at_letter[-1:]:                         # ... at the letter
+    at_letter = [token for token in tokens if token.token.strip().upper() in letters]
+    for token in at_letter[-1:]:                         # the last is the verdict's
         for other in token.top_logprobs or []:
-            # "A" and " A" are two tokens
-            p[other.token.strip().upper()] += math.exp(other.logprob)
-    return p["B"] / (p["A"] + p["B"])
+            letter = other.token.strip().upper()         # "A" and " A" are two tokens
+            p[letter] = p.get(letter, 0) + math.exp(other.logprob)
+    return p.get("B", 0) / (p.get("A", 0) + p.get("B", 0))
 
 
 # == Plumbing. Answers: sampled, or read from a file ===============================================
@@ -430,7 +430,7 @@ def main(cfg):
         judge = judge_by_endpoint
     else:
         judge = judge_by_reward_model
-        cfg.trained_granularity, cfg.cutoff = trained_how(cfg, cfg.judge)
+        trained_how(cfg, cfg.judge)
     kept = Path(cfg.out, "annotations.json")
     if kept.exists() and json.loads(kept.read_text())[0]["annotator"] != cfg.judge:
         fail("--out holds the preferences of another judge; give another folder")

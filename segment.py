@@ -383,9 +383,9 @@ def read_rows(source, limit=0):
     name, _, part = source.partition(":")
     kind = name
     files = None
-    if os.path.isfile(name):                 # escaped: datasets takes pairs[1].jsonl for a pattern
-        kind = re.search(r"csv$|parquet$|$", name)[0] or "json"
-        files = glob.escape(name)
+    if os.path.isfile(name):
+        kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix, "json")
+        files = glob.escape(name)            # datasets takes pairs[1].jsonl for a pattern
     # a path or a file's name, and not the owner/name of the hub, where it would be sought
     elif not os.path.isdir(name) and re.search(r"^[./~]|\.[A-Za-z]\w*$|\s|/.*/", name):
         fail(f"{name}: no such file")
@@ -418,7 +418,8 @@ def conversation(row, side, where):
         assert chat[0]["role"] == "assistant" or not prompt, "it holds other turns than its prompt"
         *prompt, answer = prompt + chat
         assert prompt, "no prompt: give message lists, or a column prompt"
-        assert prompt[-1]["role"] != "assistant" == answer["role"], "a prompt, then one answer"
+        roles = prompt[-1]["role"], answer["role"]
+        assert roles[0] != "assistant" and roles[1] == "assistant", "a prompt, then one answer"
     except Exception as error:
         fail(f"{where} cannot be used: {error!r}; its columns: {', '.join(row)}")
     return prompt, answer["content"]
@@ -540,8 +541,8 @@ def encode_chats(tokenizer, stops, chats, max_tokens, max_prompt_tokens):
         else:
             endless += 1
         _, responses, where = chats[i]
+        # a token that the policy never samples comes from the template, or a person typed it
         unsampled = tokenizer.decode(r[np.isin(r, never)][:1])
-        # what a person typed may be there
         if unsampled not in "".join(responses) or not text.startswith(starts[i]):
             fail(f"{where}: the chat template does not continue its own generation prompt, or puts "
                  f"into the answer what the policy never samples: {unsampled} (if it ends a turn: "

@@ -109,12 +109,12 @@ class Normalizer:
     p_max: float = 1.0
 
     def mean(self, p):
-        return self.w_mean * self.log(p) + self.b_mean
+        return self.w_mean * self.log_clamped(p) + self.b_mean
 
     def std(self, p):
-        return (self.w_std * self.log(p) + self.b_std).clamp(min=0.1 * self.b_std)
+        return (self.w_std * self.log_clamped(p) + self.b_std).clamp(min=0.1 * self.b_std)
 
-    def log(self, p):
+    def log_clamped(self, p):
         return torch.as_tensor(p).clamp(self.p_min, self.p_max).log()
 
     def to_dict(self):
@@ -127,11 +127,12 @@ class Normalizer:
 
 def huber_line(x, y, epsilon=1.35):
     """(slope, intercept) of Huber's regression of y on x, (n,) each: residuals beyond epsilon sigma
-    count linearly, sigma is estimated too (his proposal 2). Where all x are 0 the slope is 0."""
+    count linearly and not squared, so that outliers pull less; sigma is estimated from the same
+    residuals, cut there (Huber's proposal 2). Where all x are 0 the slope is 0."""
     columns = np.stack([x, np.ones(len(x))], 1)                                          # (n, 2)
     root = np.ones(len(x))                                                               # (n,)
     sigma = np.inf
-    for _ in range(500):                     # least squares, weighted by root ** 2: outliers less
+    for _ in range(500):     # least squares over and over; a residual's weight is root ** 2
         line = np.linalg.lstsq(columns * root[:, None], y * root)[0]                     # (2,)
         error = np.abs(y - columns @ line) + 1e-12                                       # (n,)
         sigma = np.sqrt(np.mean(np.minimum(error, epsilon * sigma) ** 2))
@@ -203,10 +204,7 @@ def calibrate(rewards, ends, mask, kind, how):
     elif kind != "none":
         normalizer = Normalizer(b_mean=float(y.mean()), b_std=float(y.std(correction=0)))
     total = token_rewards(rewards, ends, mask, normalizer, how).sum(1)                   # (B,)
-    S = float(total.std(correction=0))
-    if not 0 < S < np.inf:
-        raise ValueError("all responses have the same total reward")
-    return normalizer, S
+    return normalizer, float(total.std(correction=0))
 
 
 def dense_rewards(cfg, rewards, ends, mask, finished, normalizer, how, scale):
@@ -214,9 +212,10 @@ def dense_rewards(cfg, rewards, ends, mask, finished, normalizer, how, scale):
     rules for length and EOS. rewards, ends, mask: (B, R); finished: (B,). Returns (B, R)."""
     lengths = mask.sum(1)                                                                # (B,)
     dense = token_rewards(rewards, ends, mask, normalizer, how) / scale
-    dense = dense.clamp(-10, 10)
+    dense = dense.clamp(-10, 10)                         # as the authors do
     if cfg.divide_by_length:
         dense = dense / lengths[:, None]
+    # at the last token of an unfinished response
     dense[range(len(dense)), lengths - 1] += cfg.missing_eos_reward * ~finished
     if cfg.bad_length:
         dense[~finished | (lengths > cfg.bad_length)] = -0.05            # in place of all rewards
@@ -340,19 +339,22 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
 
 
 # == Plumbing. Sampling on all ranks ===============================================================
-def sample(hf, tokenizer, prompts, stops, R, seeds, batch_size, temperature=1.0):
+def sample(hf, tokenizer, prompts, stops, max_new_tokens, seeds, batch_size, temperature=1.0):
     """`generate`, shared among the ranks; every rank gets all of its results, on the CPU."""
-    B = len(prompts)
     banned = banned_tokens(tokenizer, stops, hf.config.vocab_size).to(hf.device)         # (V,)
-    results = [torch.zeros(B, R).long(), torch.zeros(B, R), torch.zeros(B).long()]
+    tokens = torch.zeros(len(prompts), max_new_tokens).long()
+    logprobs = torch.zeros(tokens.shape)
+    lengths = torch.zeros(len(prompts)).long()                                           # (B,)
+    results = (tokens, logprobs, lengths)
     for wave in micro_batches([len(p) for p in prompts], batch_size):
-        sampled = generate(hf, [prompts[b] for b in wave], stops, R, [seeds[b] for b in wave],
-                           temperature, banned)
+        sampled = generate(hf, [prompts[b] for b in wave], stops, max_new_tokens,
+                           [seeds[b] for b in wave], temperature, banned)
         for result, part in zip(results, sampled):
             result[wave] = part.cpu()
     for result in results:
         dist.all_reduce(result)
-    return results
+    R = lengths.max()
+    return tokens[:, :R], logprobs[:, :R], lengths                       # (B, R), (B, R), (B,)
 
 
 def plain_copy(model, dtype, device):
@@ -426,45 +428,45 @@ def main(cfg):
     tokenizer, stops = load_tokenizer(cfg.model)
     check_context(cfg.model, max_tokens, cfg.max_prompt_tokens)
     warn_of_world_values(cfg)
-    chats = load_prompts(cfg.data, cfg.max_samples)
-    if len(chats) < B or B % cfg.batch_size or cfg.batch_size % ranks:
+    messages = load_prompts(cfg.data, cfg.max_samples)                       # n message lists
+    if len(messages) < B or B % cfg.batch_size or cfg.batch_size % ranks:
         fail(f"--rollout_batch_size {B} must be a multiple of --batch_size {cfg.batch_size}, that "
-             f"of the ranks, and --data have as many prompts ({len(chats)})")
-    prompts = encode_prompts(tokenizer, chats, cfg.max_prompt_tokens, cfg.data)
+             f"of the ranks, and --data have as many prompts ({len(messages)})")
+    prompts = encode_prompts(tokenizer, messages, cfg.max_prompt_tokens, cfg.data)   # n id arrays
+    prompt_texts = list(map(prompt_text, messages))                                  # n
     gold, held_out = cfg.gold, ""
     if cfg.data == Config.data:                          # the world's truth knows the world alone
         gold = gold or "data/reviews/prepare.py:gold_reward"
         held_out = "data/reviews/pairs.jsonl:train[-400:]"
     gold = gold and load_function(gold)
 
-    # -- the reward. own: the granularity that it was trained at, use: that at which PPO gets it ---
+    # -- the reward: a model's, or a rule's --------------------------------------------------------
     if ".py:" in cfg.reward_model:
         rule = load_function(cfg.reward_model)
-        own, own_cutoff = "segment", cfg.cutoff
+        trained_at, trained_cutoff = "segment", cfg.cutoff
     else:
         rule = None
-        own, own_cutoff = trained_how(cfg, cfg.reward_model)
+        trained_at, trained_cutoff = trained_how(cfg, cfg.reward_model)
         check_context(cfg.reward_model, max_tokens, cfg.max_prompt_tokens)
         check_tokens(tokenizer, cfg.reward_model)
         reward_model = load_model(cfg.reward_model, ScalarModel, device, dtype)
-        cut_by = getattr(reward_model.hf.config, "segment_model", cfg.model)
-        if os.path.abspath(cut_by) != os.path.abspath(cfg.model):
-            say(f"note: its segments were cut by {cut_by} in training, here by {cfg.model}")
         held_out = getattr(reward_model.hf.config, "segment_held_out", "")
-    use = cfg.granularity or own
-    cutoff = own_cutoff if cfg.cutoff is None else cfg.cutoff
-    if use == "segment" and cutoff is None:
+    # PPO may take it at another granularity than it was trained at
+    granularity = cfg.granularity or trained_at
+    cutoff = trained_cutoff if cfg.cutoff is None else cfg.cutoff
+    if granularity == "segment" and cutoff is None:
         fail("--cutoff: nats, above which a segment ends; segment.py helps to choose")
-    how = "end" if use == "bandit" else cfg.interpolation        # a bandit's is at the last token
+    interpolation = "end" if granularity == "bandit" else cfg.interpolation
 
     def rewards_at_ends(rows, texts, sft_entropy, batches=None):
         """Rewards and segment ends, (B, R), of B (prompt ids, response ids); texts: B prompts."""
-        ends = cut_rows(rows, sft_entropy, tokenizer, stops, cutoff, use)                # (B, R)
+        ends = cut_rows(rows, sft_entropy, tokenizer, stops, cutoff, granularity)        # (B, R)
         if not rule:
             rewards = map_rows(reward_model, rows, size, device, batches)                # (B, R)
-            if use == "bandit":
-                own_ends = cut_rows(rows, sft_entropy, tokenizer, stops, own_cutoff, own)
-                rewards = sequence_score(rewards, own_ends)[:, None]                     # (B, 1)
+            if granularity == "bandit":                  # the response's score, as it was trained
+                trained_ends = cut_rows(rows, sft_entropy, tokenizer, stops,
+                                        trained_cutoff, trained_at)                      # (B, R)
+                rewards = sequence_score(rewards, trained_ends)[:, None]                 # (B, 1)
             return rewards * ends, ends
         rewards = torch.zeros(ends.shape)                                                # (B, R)
         for text, (_, response), row_ends, row in zip(texts, rows, ends, rewards):
@@ -488,13 +490,13 @@ def main(cfg):
         _, sft_entropy = map_rows(reference, rows, size, device)                         # (2n, R)
         rewards, ends = rewards_at_ends(rows, texts, sft_entropy)                        # (2n, R)
         try:
-            normalizer, scale = calibrate(rewards, ends, mask, cfg.normalizer, how)
+            normalizer, scale = calibrate(rewards, ends, mask, cfg.normalizer, interpolation)
         except ValueError as error:
             fail(f"calibration on {held_out}: {error}")
     if cfg.reward_scale == "none":
         scale = 1.0
     calibration = {"normalizer": normalizer.to_dict(), "scale": scale}
-    say(f"{own} reward used as {use}, cutoff {cutoff}: {calibration}")
+    say(f"{trained_at} reward used as {granularity}, cutoff {cutoff}: {calibration}")
 
     # -- the models that learn, and a plain copy of the actor to sample from -----------------------
     actor = load_model(cfg.model, LanguageModel, device, dtype,
@@ -518,7 +520,7 @@ def main(cfg):
         time_start = time.time()
         refresh(sampler, actor)
         asked = [prompts[i] for i in order[step]]                                        # B
-        texts = [prompt_text(chats[i]) for i in order[step]]                             # B
+        texts = [prompt_texts[i] for i in order[step]]                                   # B
         seeds = [(cfg.seed, 1, step, b) for b in range(B)]
         tokens, sampled_logprobs, lengths = sample(                          # (B, R), (B, R), (B,)
             sampler, tokenizer, asked, stops, cfg.max_new_tokens, seeds, cfg.generation_batch_size)
@@ -542,10 +544,11 @@ def main(cfg):
         rewards, ends = rewards_at_ends(rows, texts, sft_entropy, batches)
 
         # 3. advantages: how much better was each token than the critic expected? ------------------
-        dense = dense_rewards(cfg, rewards, ends, mask, finished, normalizer, how, scale)
+        dense = dense_rewards(cfg, rewards, ends, mask, finished, normalizer, interpolation, scale)
         kl = logprobs - ref_logprobs                         # (B, R) one sample's log-ratio, +-
         advantages, returns = gae(dense - cfg.kl_coef * kl, values, mask, cfg.gamma, cfg.lam)
         advantages = whiten(advantages, mask)                                            # (B, R)
+        # the mask becomes 0.0 and 1.0
         rollout = torch.stack([mask, logprobs, values, advantages, returns])             # (5, B, R)
 
         # 4. update: each minibatch is one optimizer step of actor and critic ----------------------
@@ -578,7 +581,7 @@ def main(cfg):
 
         # what happened ----------------------------------------------------------------------------
         time_end = time.time()
-        gap = (logprobs - sampled_logprobs[:, :mask.shape[1]]).abs().max()
+        gap = (logprobs - sampled_logprobs).abs().max()
         if not gap.isfinite():
             fail("the policy's log-probs are not finite")
         policy_mean, value_mean, clip_fraction = sums / (cfg.ppo_epochs * B)

@@ -164,7 +164,7 @@ def check_out(cfg):
         old = json.loads((out / "config.json").read_text())
     differs = [name for name, value in asdict(cfg).items()
                if name not in MAY_DIFFER and old.get(name) != value]
-    if names - {"config.json.tmp"} and differs:
+    if names - {"config.json.tmp"} and differs:          # a kill may have left that one alone
         fail(f"{out} holds another run, or other files (--{differs[0]} was {old.get(differs[0])}); "
              "give another --out")
     finished = "model" in names and "checkpoint" not in names
@@ -346,7 +346,7 @@ def main(cfg):
     note_training(cfg, tokenizer, stops, model.hf.config, eval_pairs)
     _, eval_entropy = map_rows(sft, eval_rows, cfg.micro_batch_size, device)             # (2m, R)
     eval_ends = cut_rows(eval_rows, eval_entropy, tokenizer, stops,
-                         cfg.cutoff, cfg.granularity)                                    # (2n, R)
+                         cfg.cutoff, cfg.granularity)                                    # (2m, R)
 
     # training: Bradley-Terry on the mean of the segment rewards
     lengths = row_lengths(rows).reshape(n, 2)                                            # (n, 2)
@@ -380,8 +380,8 @@ def main(cfg):
                "time_step": seconds, "tokens_per_second": lengths[minibatch].sum() / seconds}
         must_save = done % cfg.save_every == 0 or done == steps
         if must_save:
-            scalars = map_rows(model, eval_rows, cfg.micro_batch_size, device)           # (2n, R)
-            chosen, rejected = sequence_score(scalars, eval_ends).view(-1, 2).T          # (n,)
+            scalars = map_rows(model, eval_rows, cfg.micro_batch_size, device)           # (2m, R)
+            chosen, rejected = sequence_score(scalars, eval_ends).view(-1, 2).T          # (m,)
             # 1 where the chosen response scores higher, 0 where lower, 1/2 for a tie
             row["eval_accuracy"] = (1 + (chosen - rejected).sign()).mean() / 2
         log_metrics(cfg, log, row, steps, ("loss", "accuracy", "grad_norm", "eval_accuracy"))
