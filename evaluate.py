@@ -103,11 +103,12 @@ def win_rate(preferences):
 
 def design(preferences, len_baseline, len_model, difficulty, constant):
     """What is regressed on what, for the m pairs with a preference: y (m,) on
-    x = [tanh(D / std D), difficulty if given, constant] (m, k), D the difference in length."""
+    x = [tanh(D / std D), difficulty if given, constant] (m, k), D the difference in length.
+    constant: 1 for an intercept, 0 for none."""
     y = outcomes(preferences)
     there = ~np.isnan(y)
     D = np.subtract(len_baseline, len_model, dtype=np.float64)                           # (n,)
-    t = 0 * D                                                                            # (n,)
+    t = np.zeros_like(D)                                                                 # (n,)
     if np.ptp(D[there]) > 0:
         t = np.tanh(D / D[there].std(ddof=1))
     columns = [t, np.full(len(D), constant)]
@@ -139,8 +140,8 @@ def length_controlled_win_rate(preferences, len_baseline, len_model, difficulty=
     """The win rate at equal length by logistic regression, its standard error by bootstrap, in %.
     preferences: in [1, 2], (n,); lengths in characters, (n,); difficulty: (n,); gamed:
     [(preferences, len_baseline, len_model, difficulty)], one for each variant. With difficulty and
-    gamed it is AlpacaEval 2's official figure. The raw win rate where lengths do not vary or one
-    outcome is throughout; NaN where length separates the outcomes perfectly."""
+    gamed it is AlpacaEval 2's official figure. The raw win rate where lengths do not vary or all
+    outcomes are the same; NaN where length separates the outcomes perfectly."""
     y, x = design(preferences, len_baseline, len_model, difficulty, constant=1.0)
     m = len(y)
     if not x[:, 0].any() or np.ptp(y) == 0:
@@ -155,8 +156,8 @@ def length_controlled_win_rate(preferences, len_baseline, len_model, difficulty=
 
     figures = []
     random = np.random.default_rng(0)
-    pairs = np.arange(m)
-    for _ in range(501):                     # first of the pairs themselves, then of 500 resamples
+    pairs = np.arange(m)                     # round 0: the pairs as they are; then 500 resamples
+    for _ in range(501):
         rows = np.append(pairs, np.arange(m, len(y)))                                    # (M,)
         w = logistic_fit(x[rows], y[rows], weight)
         figures.append(100 * sigmoid(x[pairs, 1:] @ w[1:]).mean())                       # at t = 0
@@ -168,7 +169,7 @@ def length_controlled_win_rate(preferences, len_baseline, len_model, difficulty=
 
 
 # -- Judges: from prompts and both sides' answers to preferences, None where one cannot tell -------
-# An answer: {"instruction", "output", "generator", "finished"}; judges that score note it there
+# An answer: {"instruction", "output", "generator", "finished"}; a judge that scores adds "score"
 def judge_by_function(cfg, prompts, baseline, policy, device, dtype):
     """The higher score wins."""
     function = load_function(cfg.judge)
@@ -198,6 +199,7 @@ def judge_by_reward_model(cfg, prompts, baseline, policy, device, dtype):
     entropy = torch.zeros_like(scalars)                                                  # (2n, R)
     granularity, cutoff = trained_how(cfg, cfg.judge)
     if granularity == "segment":
+        # a released one does not say: then the baseline is taken for its SFT model
         segment_model = getattr(model.hf.config, "segment_model", cfg.baseline)
         check_tokens(tokenizer, segment_model)
         sft = load_model(segment_model, LanguageModel, device, dtype)
@@ -222,15 +224,19 @@ letter, A or B, and nothing else."""
 # From all that can be said to what every server takes: some refuse log-probs, some any settings
 SETTINGS = [{"temperature": 0, "logprobs": True, "top_logprobs": 5}, {"temperature": 0}, {}]
 
-# A verdict is a line of these words and one letter, at the end or before "is better": "**B**",
-# "(b)", "The better reply is B.", "Reply B is better". Any other word could turn it round, so these
-# are none: "The worse reply is A", "Reply B is better than reply A", "A or B?"
-VERDICT = re.compile(r"""(?mx) ^ [^\w#\n]*
+# A verdict is a line of these words and one letter, at the end or before "is better". Any other
+# word could turn it round, so these are none: "The worse reply is A", "Reply B is better than
+# reply A", "A or B?"
+VERDICT = re.compile(r"""(?mx)           # in capitals; a line:
+    ^ [^\w#\n]*                           # "**", "("
     (?: (?: THE | MY | I | SO | THUS | HENCE | THEREFORE | OVERALL | FINAL | BETTER | BEST
           | PREFERRED | REPLY | RESPONSE | OUTPUT | ANSWER | OPTION | ASSISTANT | LETTER | CHOICE
           | VERDICT | WINNER | PREFERENCE | DECISION | JUDGE?MENT | CONCLUSION | BOXED | TEXT
           | IS | WOULD | RATHER | HAVE | RECEIVED | CHOOSE | PREFER | PICK | SELECT ) \b [^\w\n]* )*
-    \b ([AB]) \b (?: [ ]IS [ ] (?: THE [ ] )? BETTER )? [^\w?:\n]* $""")
+    \b ([AB]) \b                          # "B" alone, or behind words: "The better reply is B"
+    (?: [ ]IS [ ] (?: THE [ ] )? BETTER )? # "Reply B is better"
+    [^\w?:\n]* $                          # "**.", ")", but no "?"
+    """)
 
 
 def judge_by_endpoint(cfg, prompts, baseline, policy, device, dtype):
@@ -269,24 +275,26 @@ def judge_by_endpoint(cfg, prompts, baseline, policy, device, dtype):
                 break                                    # no JSON: the next run asks again
             except openai.OpenAIError as error:
                 status = getattr(error, "status_code", None)
+                # a request refused may pass with plainer settings; all else ends the run
                 if status not in (400, 422) or settings == {}:
                     trouble.append(error)
         return question, None
 
     asked = {*first, *then} - verdicts.keys()
     for question, p in ThreadPool(8).imap_unordered(ask, asked):
-        if p is not None:                                # newline first: a torn line costs itself
+        if p is not None:
             verdicts[question] = p
             row = {"judge": cfg.judge, "question": question, "b_is_better": p}
-            file.write("\n" + json.dumps(row))
+            file.write("\n" + json.dumps(row))           # newline first: a torn line costs itself
             file.flush()
-    if trouble:                                          # its text may hold the key
+    if trouble:
+        # its text may hold the key
         fail(f"--api_base (verdicts so far are kept): {trouble[0]}".replace(key, "***"))
     preferences = []
-    for q, p in zip(first, then):
+    for question, swapped in zip(first, then):
         preference = None
-        if q in verdicts and p in verdicts:
-            preference = 1 + (verdicts[q] + 1 - verdicts[p]) / 2
+        if question in verdicts and swapped in verdicts:
+            preference = 1 + (verdicts[question] + 1 - verdicts[swapped]) / 2
         preferences.append(preference)
     return preferences
 
@@ -301,13 +309,14 @@ def read_verdict(reply):
     letters = set(VERDICT.findall(text.upper()))
     if len(letters) != 1:
         return None
-    p = {letter: 1e-30 for letter in letters}            # stands alone where there are no log-probs
+    [letter] = letters
+    p = {letter: 1e-30}              # decides where there are no log-probs, else changes nothing
     tokens = choice.logprobs and choice.logprobs.content or []
-    at_letter = [token for token in tokens if token.token.strip().upper() in letters]
-    for token in at_letter[-1:]:                         # the last is the verdict's
+    at_letter = [token for token in tokens if token.token.strip().upper() == letter]
+    for token in at_letter[-1:]:                         # the last one is the verdict's
         for other in token.top_logprobs or []:
-            letter = other.token.strip().upper()         # "A" and " A" are two tokens
-            p[letter] = p.get(letter, 0) + math.exp(other.logprob)
+            text = other.token.strip().upper()           # "A" and " A" are two tokens
+            p[text] = p.get(text, 0) + math.exp(other.logprob)
     return p.get("B", 0) / (p.get("A", 0) + p.get("B", 0))
 
 
@@ -330,7 +339,7 @@ def answers_of(cfg, source, side, prompts, device, dtype):
     tokenizer, stops = load_tokenizer(source)
     ids = encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens, cfg.data)
     model = plain_copy(load_model(source, LanguageModel, device, dtype), dtype, device)
-    seeds = [(cfg.seed, side, b) for b in range(len(ids))]               # their own luck
+    seeds = [(cfg.seed, side, b) for b in range(len(ids))]       # the two sides draw independently
     tokens, _, lengths = sample(model, tokenizer, ids, stops, cfg.max_new_tokens, seeds,
                                 cfg.generation_batch_size, cfg.temperature)              # (n, R)
     answers = []
@@ -352,7 +361,8 @@ def columns_of(rows, difficulty):
             row |= {"len_1": len(row["output_1"]), "len_2": len(row["output_2"])}
         preference = row.get("preference", row.get("preference_surrogate"))
         columns.append([preference, row["len_1"], row["len_2"]])
-    if difficulty and rows[0].get("index") is not None:  # else there must be one for each row
+    # without an index difficulties stand in the rows' order, one for each
+    if difficulty and rows[0].get("index") is not None:
         difficulty = [difficulty[row["index"]] for row in rows]
     return *np.array(columns, dtype=float).T, difficulty
 
@@ -419,7 +429,7 @@ def main(cfg):
         return report(cfg, policies)
 
     # 1. who judges? Said before anything is sampled
-    if cfg.data == Config.data:                          # the world's truth knows the world alone
+    if cfg.data == Config.data:                  # the world's truth can judge no other data
         cfg.judge = cfg.judge or "data/reviews/prepare.py:gold_reward"
     if not cfg.judge or cfg.api_base and not importlib.util.find_spec("openai"):
         fail("--judge: a model, file.py:function, or a name at --api_base (pip install openai)")

@@ -10,8 +10,8 @@ starts it is wide open. So the entropy of the SFT model's next token marks where
 
 Legend of all four chapters: B rows in a batch, P tokens of a row's prompt, R response tokens of the
 longest row, T tokens of the longest sequence, V vocabulary, d hidden size, N any number of tokens;
-lower-case b, r, n: of a part of them. Sequences are [prompt | response | padding], and (B, R)
-tensors hold one number for each response token. Response token r stands at position P + r:
+b, r, n in a shape: of a part of them. Sequences are [prompt | response | padding], and (B, R)
+tensors hold one number for each response token. Response token r = 0 ... R-1 is at position P + r:
     at P + r      its segment end, its scalar reward and the entropy *after* it are read,
     at P + r - 1  its log-probability and its critic value: there the model decided on it.
 
@@ -85,9 +85,11 @@ def segment_ends(entropy, mask, finished, cutoff, granularity):
     """Which response tokens end a segment (paper section 2.2).
     entropy: (B, R) nats, of the token *after* each response token; mask: bool (B, R), True on the
     response's tokens, end-of-turn token included; finished: bool (B,), the last token is an
-    end-of-turn token. Returns bool (B, R). segment: where entropy > cutoff, and at the last content
-    token; token: at every content token. In these two the end-of-turn token belongs to no segment,
-    unless it is all there is; bandit: the one segment ends at the very last token, that one too.
+    end-of-turn token; all others are content. Returns bool (B, R), by granularity
+    segment: where entropy > cutoff, and at the last content token;
+    token: at every content token. In both the end-of-turn token belongs to no segment, unless it is
+    all there is;
+    bandit: one segment, which ends at the very last token, the end-of-turn token included.
     >>> h = torch.tensor([[0.1, 2.5, 0.1, 0.3, 9.0]])       # the last is the end-of-turn token
     >>> mask = torch.ones(1, 5, dtype=torch.bool)
     >>> segment_ends(h, mask, torch.tensor([True]), cutoff=2.0, granularity="segment").int()
@@ -145,7 +147,7 @@ class LanguageModel(nn.Module):
         lens = response_lens + 1                                                         # (B,)
         states = torch.cat(parts_of(hidden, starts, lens))                               # (N, d)
         targets = torch.cat(parts_of(ids.roll(-1, 1), starts, lens))                     # (N,)
-        head_weight = self.hf.get_output_embeddings().weight
+        head_weight = self.hf.get_output_embeddings().weight     # (V, d), gathered by the root
         both = token_logprobs_and_entropy(states, head_weight, targets)          # (N,), (N,)
         logprobs, entropies = [x.split(lens.tolist()) for x in both]
         logprobs = pad_sequence([row[:-1] for row in logprobs], batch_first=True)        # (B, R)
@@ -179,27 +181,30 @@ def parse(Config, argv=None):
         raise SystemExit(0)
     parser = HfArgumentParser(Config, allow_abbrev=False, add_help=False)
     parser.error = fail
-    cfg = parser.parse_args(argv, namespace=Config())
-    if not (cfg.cutoff or 0) >= 0:                       # NaN is not, either
+    cfg = parser.parse_args(argv, namespace=Config())    # writes the flags into it
+    if not (cfg.cutoff or 0) >= 0:                       # not "< 0": NaN fails, too
         fail(f"--cutoff {cfg.cutoff}: entropies are 0 or more")
     return cfg
 
 
 def read_flags(words, folder=""):
-    """@file stands for its flags; a file that it names lies beside it. Later flags override."""
+    """@file is replaced by the flags in it; an @other in there is sought in the same folder. Of two
+    equal flags the later counts."""
     flags = []
     for word in words:
         path = Path(folder, word[1:])
-        if word.startswith("@"):
+        if not word.startswith("@"):
+            flags.append(word)
+        elif path.exists():
             flags += read_flags(shlex.split(path.read_text(), comments=True), path.parent)
         else:
-            flags.append(word)
+            fail(f"{word}: no such file of flags")
     return flags
 
 
 def warn_of_world_values(cfg):
     """With another model, name the flags that are still as in the embedded world, though the paper
-    has another value: it stands in the comments of Config."""
+    has another value. That is read from Config's source, out of comments like "(paper: 1024)"."""
     Config = type(cfg)
     if cfg.model != Config.model:
         papers = re.findall(r"(\w+): .*\(paper: (.+)\)", inspect.getsource(Config))
@@ -221,8 +226,8 @@ def setup():
         torch.cuda.set_device(device)
         # cuDNN's attention plans each new shape anew, and left-padded rows have come out as NaN
         torch.backends.cuda.enable_cudnn_sdp(False)
-    # transformers would look in every forward pass, and the CPU wait for the GPU, whether a row
-    # holds several packed sequences: ours never do
+    # In every forward pass transformers checks whether a row holds several packed sequences, and
+    # for that the CPU waits for the GPU. Our rows never do.
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     if "RANK" in os.environ:
         dist.init_process_group(backend)
@@ -241,8 +246,8 @@ def say(*args, file=None):
 
 
 def set_precision(name, device):
-    """--dtype -> the torch dtype to compute in. The fp32 logits of bf16 numbers may use TF32, which
-    multiplies these exactly."""
+    """--dtype -> the torch dtype to compute in. With bf16 the fp32 logits may use TF32: it keeps 10
+    bits of a number, bf16 has 8, so nothing is lost."""
     bf16 = name == "bf16" or name == "auto" and device.type == "cuda"
     torch.backends.cuda.matmul.allow_tf32 = bf16
     return torch.bfloat16 if bf16 else torch.float32
@@ -285,9 +290,9 @@ def check_context(path, max_tokens, max_prompt_tokens):
 def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, head_std=None):
     """A Hugging Face checkpoint as a model whose weights are sharded over the ranks (FSDP2).
     wrap: LanguageModel or train_rm.ScalarModel. Every rank reads the whole file into host memory,
-    safetensors alone, in its own precision; fully_shard keeps 1/N of a layer and moves that to the
-    device. train: fp32 master weights, computing in dtype, gradients reduced in fp32; else frozen,
-    in dtype. head_std: draw the scalar head anew, with this standard deviation."""
+    safetensors alone, in its own precision; fully_shard keeps the rank's share of a layer and moves
+    it to the device. train: fp32 master weights, computing in dtype, gradients reduced in fp32;
+    else frozen, in dtype. head_std: draw the scalar head anew, with this standard deviation."""
     hf, info = from_hub(wrap.auto_class, path, config=read_config(path, **wrap.settings),
                         dtype="auto", use_safetensors=True, output_loading_info=True)
     missing = info["missing_keys"]
@@ -306,7 +311,9 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for block in [*hf.base_model.layers, model]:     # the root last: embeddings, final norm, head
-        for p in block.parameters():                 # not buffers: rotary frequencies stay in fp32
+        # Not buffers: rotary frequencies stay in fp32. (The root's include the layers', which are
+        # in this dtype already: nothing happens.)
+        for p in block.parameters():
             p.data = p.data.to(torch.float32 if train else dtype)
         # Resharded even at the root: after a forward without a backward its weights would stay
         # whole, and the optimizer and checkpoints would find plain tensors instead of shards.
@@ -347,7 +354,7 @@ def cut_rows(rows, entropy, tokenizer, stops, cutoff, granularity):
 
 def micro_batches(lengths, size):
     """This rank's share of the rows, longest first, at most `size` at a time: index arrays. Rows
-    are dealt to the ranks in turn, so that all run as many forwards (if they divide the rows).
+    are dealt to the ranks in turn: all run equally many forwards, if the ranks divide the rows.
     >>> _ = setup()
     >>> micro_batches([5, 9, 2, 8], size=3)
     [array([1, 3, 0]), array([2])]
@@ -386,7 +393,8 @@ def read_rows(source, limit=0):
     if os.path.isfile(name):
         kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix, "json")
         files = glob.escape(name)            # datasets takes pairs[1].jsonl for a pattern
-    # a path or a file's name, and not the owner/name of the hub, where it would be sought
+    # What looks like a file is not sought on the hub, where names are owner/name: ./x, x.json,
+    # "my x", a/b/c
     elif not os.path.isdir(name) and re.search(r"^[./~]|\.[A-Za-z]\w*$|\s|/.*/", name):
         fail(f"{name}: no such file")
     try:
@@ -412,8 +420,8 @@ def conversation(row, side, where):
         lost = row.get("system") or row.get("input")
         assert not lost, "the columns system and input would be lost: make them part of the prompt"
         prompt = messages_of(row.get("prompt") or row.get("instruction") or [], "user")
-        chat = messages_of(row[side] if side else "", "assistant")
-        while len(chat) > 1 and chat[0] in prompt:       # the side may repeat the prompt
+        chat = messages_of(row[side] if side else "", "assistant")       # none: an empty answer
+        while len(chat) > 1 and chat[0] in prompt:       # the side may repeat the prompt, or its end
             del chat[0]
         assert chat[0]["role"] == "assistant" or not prompt, "it holds other turns than its prompt"
         *prompt, answer = prompt + chat
@@ -499,7 +507,7 @@ def tokenize(tokenizer, texts):
 
 
 def cut_prompts(prompts, limit, source):
-    """[ids] -> each prompt's first token (BOS) and its last limit - 1; how many is said."""
+    """[ids] -> each prompt's first token (BOS) and its last limit - 1. Prints how many were cut."""
     long = sum(len(ids) > limit for ids in prompts)
     if long:
         say(f"{source}: {long} of {len(prompts)} prompts were cut to {limit} tokens")
@@ -514,40 +522,42 @@ def encode_prompts(tokenizer, prompts, max_tokens, source):
 
 def encode_chats(tokenizer, stops, chats, max_tokens, max_prompt_tokens):
     """[(prompt messages, [response texts], where)] -> [(prompt ids, response ids)], int32, a row
-    for each response; an error calls the chat `where`.
+    for each response; `where` names the chat in error messages.
     A response is what the full conversation adds to the prompt rendered with its generation prompt,
     up to its first stop token, which belongs to it. A prompt is cut to max_prompt_tokens, a
     response to what is left of max_tokens: then it is not finished."""
-    starts = [render(tokenizer, prompt, add_generation_prompt=True) for prompt, *_ in chats]
-    prompts = tokenize(tokenizer, starts)
-    cut = cut_prompts(prompts, max_prompt_tokens, "chats")
+    prompt_texts = [render(tokenizer, prompt, add_generation_prompt=True) for prompt, *_ in chats]
+    prompt_ids = tokenize(tokenizer, prompt_texts)
+    cut_ids = cut_prompts(prompt_ids, max_prompt_tokens, "chats")
     texts = []                                           # (number of the chat, conversation)
     for i, (prompt, responses, _) in enumerate(chats):
         for response in responses:
             answer = {"role": "assistant", "content": response}
             texts.append((i, render(tokenizer, [*prompt, answer])))
-    wholes = tokenize(tokenizer, [text for _, text in texts])
+    whole_ids = tokenize(tokenizer, [text for _, text in texts])
     never = never_sampled(tokenizer, stops)
     rows = []
     endless = 0
-    for (i, text), ids in zip(texts, wholes):
-        p = prompts[i]
+    for (i, text), ids in zip(texts, whole_ids):
+        p = prompt_ids[i]
         r = ids[len(p):]
         if not np.array_equal(ids[:len(p)], p):                  # a merge crosses the border
-            [r] = tokenize(tokenizer, [text[len(starts[i]):]])
+            [r] = tokenize(tokenizer, [text[len(prompt_texts[i]):]])
         stop = np.flatnonzero(np.isin(r, stops))
         if len(stop):
             r = r[:stop[0] + 1]
         else:
             endless += 1
         _, responses, where = chats[i]
-        # a token that the policy never samples comes from the template, or a person typed it
+        # The first token that the policy never samples ("": there is none). A person may have typed
+        # it; what the template puts into an answer is refused.
         unsampled = tokenizer.decode(r[np.isin(r, never)][:1])
-        if unsampled not in "".join(responses) or not text.startswith(starts[i]):
+        by_template = unsampled not in "".join(responses)
+        if by_template or not text.startswith(prompt_texts[i]):
             fail(f"{where}: the chat template does not continue its own generation prompt, or puts "
                  f"into the answer what the policy never samples: {unsampled} (if it ends a turn: "
                  "make it an eos_token_id in generation_config.json)")
-        rows.append((cut[i], r[:max_tokens - len(cut[i])]))
+        rows.append((cut_ids[i], r[:max_tokens - len(cut_ids[i])]))
     if endless > len(rows) / 2:
         fail(f"{endless} of {len(rows)} responses hold no stop token: the template's end-of-turn "
              "token must be an eos_token_id of generation_config.json")
@@ -580,6 +590,7 @@ def main(cfg):
     dtype = set_precision(cfg.dtype, device)
     tokenizer, stops = load_tokenizer(cfg.model)
     check_context(cfg.model, cfg.max_tokens, cfg.max_prompt_tokens)
+    warn_of_world_values(cfg)
     chats = [(prompt, [chosen], where)
              for prompt, chosen, _, where in load_pairs(cfg.data, cfg.max_samples)]
     rows = encode_chats(tokenizer, stops, chats, cfg.max_tokens, cfg.max_prompt_tokens)

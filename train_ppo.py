@@ -17,8 +17,8 @@ over the segment's tokens. One iteration of PPO (section 2.4):
 What differs from the authors' code: the normaliser is fitted when training starts, not looked up by
 a name, and can't turn negative; every random draw is a function of (seed, iteration, row), so that
 a run that was killed goes on as if nothing had been, on any number of GPUs; masks come from
-lengths; the critic's head starts at zero. Two defaults are the embedded world's and not the
-paper's: --reward_scale total and --missing_eos_reward -3 (the paper: none and 0).
+lengths; the critic's head starts at zero. Beside sizes and rates, two defaults change the method:
+--reward_scale total and --missing_eos_reward -3 (the paper: none and 0).
 """
 import inspect
 import os
@@ -49,24 +49,26 @@ class Config:
     # what to train on what
     model: str = "data/reviews/sft"            # the SFT model: policy, critic, reference, entropies
     reward_model: str = "out/rm/model"         # or a rule, file.py:function of (prompt, [segments])
-    data: str = "data/reviews/prompts.jsonl"   # prompts (paper: config/paper-ppo.args)
+    #                                            -> a reward for each
+    data: str = "data/reviews/prompts.jsonl"   # prompts
     out: str = "out/ppo"                       # output folder
     gold: str = ""                             # to log: file.py:function of (prompt, response,
     #                                            finished); the world's data has one by default
     max_samples: int = 0                       # read at most this many prompts (0: all)
     # the reward
-    granularity: Optional[Granularity] = None  # where PPO gets it; default: as it was trained
+    granularity: Optional[Granularity] = None  # PPO's; default: the reward model's
     trained_granularity: Optional[Granularity] = None  # of a released reward model
-    cutoff: Optional[float] = None             # nats; default: the reward model's
+    cutoff: Optional[float] = None             # PPO's, nats; default: the reward model's (of a
+    #                                            released one it is that, too)
     calibration_data: str = ""                 # preferences; default: what train_rm.py held out
     fit: str = ""                              # 'w_mean w_std b_mean b_std', instead of calibrating
-    normalizer: Literal["location", "global", "last", "none"] = "location"  # statistics of
-    #                                            all segments by location, of all, of last ones
+    # a mean and deviation at each location; one of each, over all segments or over last ones
+    normalizer: Literal["location", "global", "last", "none"] = "location"
     interpolation: Literal["even", "repeat", "end"] = "even"  # of a segment's reward
     reward_scale: Literal["total", "none"] = "total"  # divide by S (paper: none)
     kl_coef: float = 0.03                      # price of a nat away from the SFT model (paper: .01)
     missing_eos_reward: float = -3.0           # at the end of an unfinished response (paper: 0)
-    divide_by_length: bool = False             # rewards / response's length, for Llama-3-SFT token
+    divide_by_length: bool = False             # by the response's (paper: for Llama-3-SFT, token)
     bad_length: int = 0                        # longer or unfinished: -.05 a token (Llama-3.1: 800)
     # sampling
     rollout_batch_size: int = 64               # responses an iteration, over all GPUs (paper: 1024)
@@ -83,7 +85,7 @@ class Config:
     gamma: float = 1.0                         # discount
     lam: float = 0.95                          # GAE's lambda
     clip: float = 0.2                          # of the policy's ratio
-    value_clip: float = 0.2                    # .25 for segment and token in the paper
+    value_clip: float = 0.2                    # of the value's step (paper: .25, bandit .2)
     seed: int = 0                              # of prompts and samples
     # hardware
     micro_batch_size: int = 8                  # rows in one forward pass of one GPU
@@ -126,17 +128,18 @@ class Normalizer:
 
 
 def huber_line(x, y, epsilon=1.35):
-    """(slope, intercept) of Huber's regression of y on x, (n,) each: residuals beyond epsilon sigma
-    count linearly and not squared, so that outliers pull less; sigma is estimated from the same
-    residuals, cut there (Huber's proposal 2). Where all x are 0 the slope is 0."""
+    """(slope, intercept) of Huber's regression of y on x, (n,) each, by repeated least squares: a
+    residual beyond epsilon sigma gets the weight epsilon sigma / residual, and sigma is the root
+    mean square of the residuals, each cut at epsilon sigma (his proposal 2; the line of
+    scikit-learn's HuberRegressor(alpha=0)). Where all x are 0 the slope is 0."""
     columns = np.stack([x, np.ones(len(x))], 1)                                          # (n, 2)
-    root = np.ones(len(x))                                                               # (n,)
-    sigma = np.inf
-    for _ in range(500):     # least squares over and over; a residual's weight is root ** 2
-        line = np.linalg.lstsq(columns * root[:, None], y * root)[0]                     # (2,)
+    root_weight = np.ones(len(x))                                                        # (n,)
+    sigma = np.inf                                       # the first round is plain least squares
+    for _ in range(500):
+        line = np.linalg.lstsq(columns * root_weight[:, None], y * root_weight)[0]       # (2,)
         error = np.abs(y - columns @ line) + 1e-12                                       # (n,)
         sigma = np.sqrt(np.mean(np.minimum(error, epsilon * sigma) ** 2))
-        root = np.sqrt(np.minimum(1, epsilon * sigma / error))                           # (n,)
+        root_weight = np.sqrt(np.minimum(1, epsilon * sigma / error))                    # (n,)
     return line.tolist()
 
 
@@ -151,11 +154,12 @@ def fit_normalizer(locations, rewards):
     std = np.sqrt(np.bincount(pool, (y - mean[pool]) ** 2) / count)                      # (pools,)
     log_p = np.log(np.bincount(pool, p) / count)                                         # (pools,)
     several = count > 1                                  # one value has no deviation
+    # two such pools make a line; all rewards of a bandit are in one pool, at p = 1
     if several.sum() < min(2, len(count)):
         raise ValueError("the rewards hardly share a location: calibrate on more responses")
     w_mean, b_mean = huber_line(log_p, mean)
     w_std, b_std = huber_line(log_p[several], std[several])
-    if not b_std > 1e-6 * (1 + abs(b_mean)):
+    if not b_std > 1e-6 * (1 + abs(b_mean)):             # not "<=": NaN fails, too
         raise ValueError("the rewards do not vary: there is nothing to divide by")
     return Normalizer(w_mean, w_std, b_mean, b_std, float(p.min()), float(p.max()))
 
@@ -190,13 +194,14 @@ def token_rewards(rewards, ends, mask, normalizer, how):
 
 def calibrate(rewards, ends, mask, kind, how):
     """Fit the normaliser, and S: the standard deviation over responses of the total normalised
-    reward (ours: n segments sum to about n times a bandit's reward, and one KL coefficient cannot
-    serve both). rewards, ends, mask: (B, R) of calibration responses. Returns Normalizer, S."""
+    reward (ours: a sum over n segments varies up to n times as much as a bandit's one reward, and
+    one KL coefficient cannot serve both). rewards, ends, mask: (B, R) of calibration responses.
+    Returns Normalizer, S."""
     p = segment_locations(ends)[ends]                                                    # (N,)
     y = rewards[ends]                                                                    # (N,)
     if kind == "last":
         y = y[p == 1]
-    if not y.std() > 1e-6 * y.abs().max():               # also where one is not finite
+    if not y.std() > 1e-6 * y.abs().max():               # not "<=": NaN fails, too
         raise ValueError("the rewards do not vary, or are not finite")
     normalizer = Normalizer()
     if kind == "location":
@@ -274,10 +279,10 @@ class Critic(ScalarModel):
 @torch.no_grad()
 def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=None):
     """Sample a response to each prompt from the full distribution (no top-k, no top-p).
-    hf: a Hugging Face causal LM; prompts: B id arrays; stops: (n,) ids; seeds: a tuple of ints for
-    each prompt, on which alone its sample depends, not on its batch; temperature 0: greedy; banned:
-    bool (V,), never sampled. Returns tokens (B, R) int64, their log-probs (B, R) under the model,
-    and lengths (B,), the stop token included; 0 on padding."""
+    hf: a Hugging Face causal LM; prompts: B id arrays; stops: (n,) ids; seeds: for each prompt a
+    tuple of ints, which determines its random numbers in whatever batch; temperature 0: greedy;
+    banned: bool (V,), never sampled. Returns tokens (B, M) int64, M = max_new_tokens, their
+    log-probs (B, M) under the model, and lengths (B,), the stop token included; 0 on padding."""
     device = hf.device
     stops = stops.to(device)
     generators = []
@@ -287,38 +292,41 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
 
     # Prompts are padded on the left, only here: then all rows put their next token at one place.
     ids = pad_sequence([torch.from_numpy(p) for p in prompts], batch_first=True,
-                       padding_side="left")                                              # (B, P)
-    P = ids.shape[1]
-    ids = F.pad(ids, (0, max_new_tokens)).long().to(device)                              # (B, P+R)
+                       padding_side="left")                                          # (B, width)
+    width = ids.shape[1]
+    ids = F.pad(ids, (0, max_new_tokens)).long().to(device)                          # (B, width+M)
     prompt_lens = torch.tensor([len(p) for p in prompts])                                # (B,)
-    # where a token stands in its row; negative on padding
-    position = (torch.arange(-P, max_new_tokens) + prompt_lens[:, None]).to(device)      # (B, P+R)
-    logprobs = torch.zeros(len(ids), max_new_tokens, device=device)                      # (B, R)
-    row = torch.arange(len(ids), device=device)          # (b,) rows that are still sampled
+    # where in its own row each token stands; negative on padding
+    position = torch.arange(-width, max_new_tokens) + prompt_lens[:, None]           # (B, width+M)
+    position = position.to(device)
+    logprobs = torch.zeros(len(ids), max_new_tokens, device=device)                      # (B, M)
+    active = torch.arange(len(ids), device=device)       # (b,) rows that are still sampled
     cache = DynamicCache(config=hf.config)
-    plain = hf.config._attn_implementation == "sdpa" and not any(cache.is_sliding)
+    no_window = hf.config._attn_implementation == "sdpa" and not any(cache.is_sliding)
     for r in range(max_new_tokens):
         if r % 16 == 0:          # the CPU looks, once in a while: who is finished leaves
-            stopped = torch.isin(ids[row, P:P + r], stops).any(1)                        # (b,)
+            stopped = torch.isin(ids[active, width:width + r], stops).any(1)             # (b,)
             keep = (~stopped).nonzero().flatten()
             if not len(keep):
                 break
-            if len(keep) < len(row):
+            if len(keep) < len(active):
                 cache.batch_select_indices(keep)
-                row = row[keep]
-            noise = torch.ones(len(row), 16, hf.config.vocab_size,
-                               device=device)                                    # (b, 16, V)
-            for draws, b in zip(noise, row.tolist()):
+                active = active[keep]
+            noise = torch.empty(len(active), 16, hf.config.vocab_size,
+                                device=device)                                   # (b, 16, V)
+            for draws, b in zip(noise, active.tolist()):
                 draws.exponential_(generator=generators[b])
-        new = slice(cache.get_seq_length(), P + r)       # the prompts, later the token sampled last
-        mask = position[row, :P + r] >= 0                                                # (b, P+r)
-        if r > 0 and plain:
-            mask = mask[:, None, None]       # (b, 1, 1, P+r): taken as it is, no look, no wait
+        new = slice(cache.get_seq_length(), width + r)   # the prompts, later the token sampled last
+        mask = position[active, :width + r] >= 0                                 # (b, width+r)
+        if r > 0 and no_window:
+            # One query a row sees all that is not padding. transformers takes a 4-D mask as it is;
+            # into a 2-D one it would look, and the CPU would wait for the GPU.
+            mask = mask[:, None, None]                                       # (b, 1, 1, width+r)
         # arguments by position: transformers has renamed the cache
         output = hf(
-            ids[row, new],
+            ids[active, new],
             mask,
-            position[row, new].clamp(min=0),
+            position[active, new].clamp(min=0),
             cache,
             use_cache=True,
             logits_to_keep=1)
@@ -329,12 +337,12 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
         if banned is not None:
             scores = scores.masked_fill(banned, -torch.inf)
         token = scores.argmax(-1)                                                        # (b,)
-        ids[row, P + r] = token
-        logprobs[row, r] = -F.cross_entropy(logits, token, reduction="none")
+        ids[active, width + r] = token
+        logprobs[active, r] = -F.cross_entropy(logits, token, reduction="none")
 
-    tokens = ids[:, P:]                                                                  # (B, R)
-    stop = torch.isin(tokens, stops)                                                     # (B, R)
-    until_stop = (stop.cumsum(1) - stop.int()) == 0          # (B, R) no stop token before this one
+    tokens = ids[:, width:]                                                              # (B, M)
+    stop = torch.isin(tokens, stops)                                                     # (B, M)
+    until_stop = (stop.cumsum(1) - stop.int()) == 0          # (B, M) no stop token before this one
     return tokens * until_stop, logprobs * until_stop, until_stop.sum(1)
 
 
@@ -353,7 +361,7 @@ def sample(hf, tokenizer, prompts, stops, max_new_tokens, seeds, batch_size, tem
             result[wave] = part.cpu()
     for result in results:
         dist.all_reduce(result)
-    R = lengths.max()
+    R = lengths.max()                                    # of M = max_new_tokens
     return tokens[:, :R], logprobs[:, :R], lengths                       # (B, R), (B, R), (B,)
 
 
@@ -390,7 +398,7 @@ def load_function(spec):
 
 
 def call(function, *arguments):
-    """Of gold and judge functions: (prompt, response, finished), of which it may take the first."""
+    """Call a gold or judge function with (prompt, response, finished): as many as it takes."""
     return function(*arguments[:len(inspect.signature(function).parameters)])
 
 
@@ -398,9 +406,12 @@ def check_tokens(mine, path):
     """Two models that read the same ids must give every token the same id. Special tokens may be
     missing from one: many reward models add a pad token, which nobody reads."""
     theirs, _ = load_tokenizer(path)
-    differ = {token for token, _ in mine.get_vocab().items() ^ theirs.get_vocab().items()}
+    ids, their_ids = mine.get_vocab(), theirs.get_vocab()
+    may_miss = set()
     for tokenizer in (mine, theirs):
-        differ -= {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        may_miss |= {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    may_miss -= ids.keys() & their_ids.keys()
+    differ = {token for token, _ in ids.items() ^ their_ids.items()} - may_miss
     if differ:
         fail(f"{path}: its tokens are not those that it shall read, {min(differ)} for one")
 
@@ -434,22 +445,26 @@ def main(cfg):
              f"of the ranks, and --data have as many prompts ({len(messages)})")
     prompts = encode_prompts(tokenizer, messages, cfg.max_prompt_tokens, cfg.data)   # n id arrays
     prompt_texts = list(map(prompt_text, messages))                                  # n
-    gold, held_out = cfg.gold, ""
-    if cfg.data == Config.data:                          # the world's truth knows the world alone
-        gold = gold or "data/reviews/prepare.py:gold_reward"
-        held_out = "data/reviews/pairs.jsonl:train[-400:]"
-    gold = gold and load_function(gold)
+    gold = cfg.gold and load_function(cfg.gold)
+    if not gold and cfg.data == Config.data:     # the world's truth can judge no other data
+        gold = load_function("data/reviews/prepare.py:gold_reward")
 
     # -- the reward: a model's, or a rule's --------------------------------------------------------
+    held_out = ""                                        # what it was not trained on
+    rule = None
     if ".py:" in cfg.reward_model:
         rule = load_function(cfg.reward_model)
         trained_at, trained_cutoff = "segment", cfg.cutoff
+        if cfg.data == Config.data:
+            held_out = "data/reviews/pairs.jsonl:train[-400:]"
     else:
-        rule = None
         trained_at, trained_cutoff = trained_how(cfg, cfg.reward_model)
         check_context(cfg.reward_model, max_tokens, cfg.max_prompt_tokens)
         check_tokens(tokenizer, cfg.reward_model)
         reward_model = load_model(cfg.reward_model, ScalarModel, device, dtype)
+        cut_by = getattr(reward_model.hf.config, "segment_model", cfg.model)
+        if os.path.abspath(cut_by) != os.path.abspath(cfg.model):
+            say(f"note: its segments were cut by {cut_by} in training, here by {cfg.model}")
         held_out = getattr(reward_model.hf.config, "segment_held_out", "")
     # PPO may take it at another granularity than it was trained at
     granularity = cfg.granularity or trained_at
@@ -458,8 +473,8 @@ def main(cfg):
         fail("--cutoff: nats, above which a segment ends; segment.py helps to choose")
     interpolation = "end" if granularity == "bandit" else cfg.interpolation
 
-    def rewards_at_ends(rows, texts, sft_entropy, batches=None):
-        """Rewards and segment ends, (B, R), of B (prompt ids, response ids); texts: B prompts."""
+    def rewards_at_ends(rows, prompt_texts, sft_entropy, batches=None):
+        """rows: B (prompt ids, response ids). Returns rewards and segment ends, (B, R) each."""
         ends = cut_rows(rows, sft_entropy, tokenizer, stops, cutoff, granularity)        # (B, R)
         if not rule:
             rewards = map_rows(reward_model, rows, size, device, batches)                # (B, R)
@@ -469,26 +484,27 @@ def main(cfg):
                 rewards = sequence_score(rewards, trained_ends)[:, None]                 # (B, 1)
             return rewards * ends, ends
         rewards = torch.zeros(ends.shape)                                                # (B, R)
-        for text, (_, response), row_ends, row in zip(texts, rows, ends, rewards):
+        for b, (text, (_, response)) in enumerate(zip(prompt_texts, rows)):
             content = response[:-1] if response[-1] in stops else response
-            segments = segment_texts(tokenizer, content, row_ends[:len(content)])
-            row[row_ends] = torch.tensor(rule(text, segments)).float()
+            segments = segment_texts(tokenizer, content, ends[b, :len(content)])
+            rewards[b, ends[b]] = torch.tensor(rule(text, segments)).float()
         return rewards, ends
 
     reference = load_model(cfg.model, LanguageModel, device, dtype)
     if cfg.fit:
-        normalizer = Normalizer(*map(float, cfg.fit.split()))
-        scale = 1.0
+        w_mean, w_std, b_mean, b_std = map(float, cfg.fit.split())
+        normalizer = Normalizer(w_mean, w_std, b_mean, b_std)
+        scale = 1.0                                      # no responses to measure S on
     else:
         held_out = cfg.calibration_data or held_out or fail(
             "--calibration_data: preferences that the reward model was not trained on")
-        pairs = [(prompt, answers, where)                                                # n
+        chats = [(prompt, answers, where)                                                # m
                  for prompt, *answers, where in load_pairs(held_out, 2000)]
-        rows = encode_chats(tokenizer, stops, pairs, max_tokens, cfg.max_prompt_tokens)  # 2n
-        texts = [prompt_text(prompt) for prompt, answers, _ in pairs for _ in answers]   # 2n
-        mask, _ = response_mask(rows, stops, "cpu")                                      # (2n, R)
-        _, sft_entropy = map_rows(reference, rows, size, device)                         # (2n, R)
-        rewards, ends = rewards_at_ends(rows, texts, sft_entropy)                        # (2n, R)
+        rows = encode_chats(tokenizer, stops, chats, max_tokens, cfg.max_prompt_tokens)  # 2m
+        texts = [prompt_text(prompt) for prompt, answers, _ in chats for _ in answers]   # 2m
+        mask, _ = response_mask(rows, stops, "cpu")                                      # (2m, R)
+        _, sft_entropy = map_rows(reference, rows, size, device)                         # (2m, R)
+        rewards, ends = rewards_at_ends(rows, texts, sft_entropy)                        # (2m, R)
         try:
             normalizer, scale = calibrate(rewards, ends, mask, cfg.normalizer, interpolation)
         except ValueError as error:
@@ -513,7 +529,8 @@ def main(cfg):
 
     steps = cfg.max_steps or cfg.passes * len(prompts) // B
     updates = cfg.ppo_epochs * B // cfg.batch_size       # in an iteration
-    order = shuffled(len(prompts), steps, B, cfg.seed, 0)                # (steps, B) rows of --data
+    # which prompts an iteration takes, (steps, B). Behind the seed, 0: orders are drawn; 1: samples
+    order = shuffled(len(prompts), steps, B, cfg.seed, 0)
     say(f"{steps} iterations x {B} responses on {ranks} x {device.type}, in each {updates} updates")
     for step in range(first_step, steps):
         # 1. sample: each rank decodes its rows, every rank gets all of them -----------------------
@@ -545,7 +562,7 @@ def main(cfg):
 
         # 3. advantages: how much better was each token than the critic expected? ------------------
         dense = dense_rewards(cfg, rewards, ends, mask, finished, normalizer, interpolation, scale)
-        kl = logprobs - ref_logprobs                         # (B, R) one sample's log-ratio, +-
+        kl = logprobs - ref_logprobs         # (B, R) estimates, which may be negative; 0 on padding
         advantages, returns = gae(dense - cfg.kl_coef * kl, values, mask, cfg.gamma, cfg.lam)
         advantages = whiten(advantages, mask)                                            # (B, R)
         # the mask becomes 0.0 and 1.0
@@ -554,7 +571,7 @@ def main(cfg):
         # 4. update: each minibatch is one optimizer step of actor and critic ----------------------
         time_train = time.time()
         sums = norms = 0         # (3,) of both losses and clipped shares; (2,) of gradients' norms
-        first_ratio = torch.ones((), device=device)          # 1 + its largest distance from 1
+        first_ratio = torch.ones((), device=device)          # 1 + the largest distance from 1
         weight = ranks / cfg.batch_size      # of a response: FSDP averages gradients over the ranks
         for update, minibatch in enumerate(minibatches * cfg.ppo_epochs):
             for micro in minibatch:
@@ -597,7 +614,7 @@ def main(cfg):
             "response_length": n_tokens / B,
             "response_tokens": n_tokens,
             "finished": finished.float().mean(),
-            # after each token but the last, that is where the next one was decided on
+            # after token r, where token r + 1 is decided on; after the last nothing is
             "entropy": policy_entropy[:, :-1][mask[:, 1:]].mean(),
             "policy_loss": policy_mean,
             "value_loss": value_mean,

@@ -44,8 +44,8 @@ class Config:
     # what to train on what
     model: str = "data/reviews/sft"            # the SFT model: the backbone's start, the entropies
     data: str = "data/reviews/pairs.jsonl"     # preferences (paper: hendrydong/preference_700K)
-    eval_data: str = ""                        # held-out preferences, if not from --data:
-    held_out: int = 400                        # its last rows are held out
+    eval_data: str = ""                        # held-out preferences; default: the last of --data,
+    held_out: int = 400                        # this many pairs
     out: str = "out/rm"                        # output folder
     granularity: Granularity = "segment"       # what gets a reward: segment, token, bandit
     cutoff: float = 1.0                        # nats; segment.py helps (paper: Llama-3 2.0)
@@ -69,7 +69,8 @@ class Config:
 
 # -- The method: a scalar at every token, and the loss ---------------------------------------------
 class ScalarModel(LanguageModel):
-    """Not the head over V tokens but one d -> 1, without bias: a reward at each response token."""
+    """In place of the head over V tokens one d -> 1, without bias: a scalar at each response token.
+    Of a LanguageModel it is but the constructor."""
     auto_class = AutoModelForSequenceClassification
     settings = {"num_labels": 1}
     shift = 0                            # the critic of chapter 3 reads one position earlier
@@ -88,6 +89,11 @@ class ScalarModel(LanguageModel):
 def bradley_terry(scores_chosen, scores_rejected):
     """-log sigmoid(chosen - rejected), equation (3). (B,) each"""
     return -F.logsigmoid(scores_chosen - scores_rejected)
+
+
+def ranked_right(scores_chosen, scores_rejected):
+    """1 where the chosen response scores higher, 0 where lower, 1/2 for a tie. (B,) each"""
+    return (1 + (scores_chosen - scores_rejected).sign()) / 2
 
 
 # -- Training: what both trainers share ------------------------------------------------------------
@@ -124,16 +130,16 @@ def shuffled(n, steps, batch_size, *seed):
     """Which of n rows each step takes, (steps, batch_size): all in random order, over and over."""
     epochs = 1 + steps * batch_size // n
     orders = [np.random.default_rng([*seed, epoch]).permutation(n) for epoch in range(epochs)]
-    return np.resize(np.concatenate(orders), (steps, batch_size))
+    return np.concatenate(orders)[:steps * batch_size].reshape(steps, batch_size)
 
 
 # == Plumbing. Data: pair i is the rows 2i (chosen) and 2i + 1 (rejected) ==========================
-def encode_pairs(tokenizer, stops, pairs, cfg, held_out=()):
-    """Pairs -> rows (prompt ids, response ids). Equal tokens teach nothing; a prompt of the rows
-    held_out would make the accuracy on them a matter of memory."""
+def encode_pairs(tokenizer, stops, pairs, cfg, held_out_rows=()):
+    """Pairs -> rows (prompt ids, response ids). Dropped: pairs of equal tokens, they teach nothing;
+    pairs whose prompt is held out, for then the accuracy there would measure memory."""
     chats = [(prompt, responses, where) for prompt, *responses, where in pairs]
     rows = encode_chats(tokenizer, stops, chats, cfg.max_tokens, cfg.max_prompt_tokens)
-    held_out_prompts = {p.tobytes() for p, _ in held_out}
+    held_out_prompts = {p.tobytes() for p, _ in held_out_rows}
     kept = []
     for (p, chosen), (_, rejected) in zip(rows[0::2], rows[1::2]):
         if p.tobytes() not in held_out_prompts and not np.array_equal(chosen, rejected):
@@ -164,7 +170,8 @@ def check_out(cfg):
         old = json.loads((out / "config.json").read_text())
     differs = [name for name, value in asdict(cfg).items()
                if name not in MAY_DIFFER and old.get(name) != value]
-    if names - {"config.json.tmp"} and differs:          # a kill may have left that one alone
+    # config.json.tmp by itself is what a kill leaves at the very start
+    if names - {"config.json.tmp"} and differs:
         fail(f"{out} holds another run, or other files (--{differs[0]} was {old.get(differs[0])}); "
              "give another --out")
     finished = "model" in names and "checkpoint" not in names
@@ -181,9 +188,9 @@ def training_state(model, optimizer):
 
 
 def begin_run(cfg, model, optimizer, **notes):
-    """Every input could be read: make OUT, write OUT/config.json, with notes; go on from the newest
-    checkpoint. Returns the step to start from and OUT/metrics.jsonl, open (None but on rank 0).
-    What the log says of later steps is cut off: it will come again."""
+    """Called when every input could be read. Makes OUT, writes OUT/config.json, with notes, and
+    goes on from the newest checkpoint. Returns the step to start from and OUT/metrics.jsonl, open
+    (None but on rank 0). What the log says of later steps is cut off: it will come again."""
     out = Path(cfg.out)
     log = None
     # a checkpoint's .metadata is written last: without it a kill came before the end
@@ -191,7 +198,7 @@ def begin_run(cfg, model, optimizer, **notes):
     step = max(saved, default=0)
     if rank() == 0:
         write_json(out / "config.json", asdict(cfg) | notes)
-        os.makedirs(out / "checkpoint", exist_ok=True)   # it leaves when the run is finished
+        os.makedirs(out / "checkpoint", exist_ok=True)   # finish_run removes it
         log = open(out / "metrics.jsonl", "a+")
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)          # until this process ends
@@ -250,7 +257,7 @@ def export(model, tokenizer, folder, dtype):
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(hf, options=options)
     if rank() == 0:
-        # tied weights are stored once, under the other name
+        # of tied weights (embedding and head) one is stored, under the name that the config tells
         weights = {name: w.to(dtype) for name, w in weights.items()
                    if name not in hf.all_tied_weights_keys}
         hf.save_pretrained(tmp, state_dict=weights)
@@ -265,7 +272,8 @@ def finish_run(cfg):
     """A finished run has a model and no checkpoint."""
     folder = Path(cfg.out, "checkpoint")
     if rank() == 0:
-        shutil.rmtree(folder.replace(f"{folder}.tmp"))   # gone at once, then removed
+        renamed = folder.replace(f"{folder}.tmp")        # at once: no kill leaves half of it
+        shutil.rmtree(renamed)
     say(f"wrote {cfg.out}/model")
 
 
@@ -280,22 +288,25 @@ def run(main, cfg):
 
 
 def note_training(cfg, tokenizer, stops, config, held_out):
-    """What later chapters and transformers' class must know, into the model's config.json; the
-    held-out pairs into OUT/held_out.jsonl, a source that PPO can calibrate on."""
+    """Note in config and tokenizer, which every export writes, what later chapters and the class of
+    transformers must know. Write the pairs to OUT/held_out.jsonl: PPO calibrates on them."""
     source = Path(cfg.out, "held_out.jsonl").absolute()
     if rank() == 0:
         with open(source, "w") as f:
             for prompt, chosen, rejected, _ in held_out:
                 row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
                 print(json.dumps(row), file=f)
-    # transformers' class scores the last token that is no padding. So the pad token must stop
-    # nothing: it is another special token, or a new one on a row of the embedding that is no token.
+    # The class scores the last token that is not the pad token. Were that a stop token, the class
+    # would skip a response's end: so take another special token, or add one where the embedding has
+    # a row to spare.
     if tokenizer.pad_token_id in [None, *stops.tolist()]:
         spare = never_sampled(tokenizer, stops)
         if len(spare):
             tokenizer.pad_token_id = int(spare[-1])
         elif len(tokenizer) < config.vocab_size:
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        else:
+            say("warning: no token to pad with: transformers' class will misread the model")
     folder = Path(cfg.model)                             # or a hub id, which is no folder
     config.update({
         "segment_granularity": cfg.granularity,
@@ -324,11 +335,12 @@ def main(cfg):
     else:
         border = max(0, len(pairs) - cfg.held_out)
         eval_pairs, pairs = pairs[border:], pairs[:border]
-    eval_rows = encode_pairs(tokenizer, stops, eval_pairs, cfg)
+    eval_rows = encode_pairs(tokenizer, stops, eval_pairs, cfg)              # 2m, of m pairs
     rows = encode_pairs(tokenizer, stops, pairs, cfg, eval_rows)
     n = len(rows) // 2
-    if n < B or B % ranks:
-        fail(f"{cfg.data}: {n} pairs must fill one --batch_size {B}, a multiple of {ranks} ranks")
+    if n < B or B % ranks or not eval_rows:
+        fail(f"{cfg.data}: {n} pairs, besides {len(eval_rows) // 2} held out, must fill a batch: "
+             f"--batch_size {B}, a multiple of {ranks} ranks; at least one must be held out")
     steps = cfg.max_steps or cfg.epochs * n // B
     order = shuffled(n, steps, B, cfg.seed)                      # (steps, B) numbers of pairs
     say(f"{n} pairs to train, {len(eval_rows) // 2} held out; {steps} steps x {B} pairs")
@@ -367,7 +379,7 @@ def main(cfg):
             losses = bradley_terry(chosen, rejected)                                     # (b,)
             # FSDP averages gradients over the ranks, so each pair weighs ranks / B
             (losses.sum() * ranks / B).backward()
-            sums += torch.stack([losses, chosen > rejected]).detach().sum(1)
+            sums += torch.stack([losses, ranked_right(chosen, rejected)]).detach().sum(1)
         rate = cfg.lr * learning_rate(step, steps)
         [grad_norm] = optimizer_step(optimizer, [rate])
         dist.all_reduce(sums)
@@ -382,8 +394,7 @@ def main(cfg):
         if must_save:
             scalars = map_rows(model, eval_rows, cfg.micro_batch_size, device)           # (2m, R)
             chosen, rejected = sequence_score(scalars, eval_ends).view(-1, 2).T          # (m,)
-            # 1 where the chosen response scores higher, 0 where lower, 1/2 for a tie
-            row["eval_accuracy"] = (1 + (chosen - rejected).sign()).mean() / 2
+            row["eval_accuracy"] = ranked_right(chosen, rejected).mean()
         log_metrics(cfg, log, row, steps, ("loss", "accuracy", "grad_norm", "eval_accuracy"))
         if must_save:
             save(cfg, done, model, optimizer, model, tokenizer, dtype)
