@@ -421,7 +421,8 @@ def conversation(row, side, where):
         assert not lost, "the columns system and input would be lost: make them part of the prompt"
         prompt = messages_of(row.get("prompt") or row.get("instruction") or [], "user")
         chat = messages_of(row[side] if side else "", "assistant")       # none: an empty answer
-        while len(chat) > 1 and chat[0] in prompt:       # the side may repeat the prompt, or its end
+        # the side may repeat the prompt, or its end
+        while len(chat) > 1 and chat[0] in prompt:
             del chat[0]
         assert chat[0]["role"] == "assistant" or not prompt, "it holds other turns than its prompt"
         *prompt, answer = prompt + chat
