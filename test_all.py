@@ -195,8 +195,7 @@ TURNS = ("{% for m in messages %}{{ '<' + m.role + '>\n' + m.content + '<eos>\n'
 PHI3_TURNS = ("<bos>{% for m in messages %}{{ '<' + m.role + '>\n' + m.content + '<system>\n' }}"
               "{% endfor %}{{ '<assistant>\n' if add_generation_prompt else '<eos>' }}")
 FAMILIES = {  # name: (chat template, stop tokens, more of the config)
-    "llama": ("<bos>" + TURNS, [2], {}),
-    "phi3": (PHI3_TURNS, [2, 5], {"sliding_window": 12}),
+    "llama": ("<bos>" + TURNS, [2], {}), "phi3": (PHI3_TURNS, [2, 5], {"sliding_window": 12}),
     "qwen2": ("<user>\nplease be honest.<eos>\n" + TURNS, [2], {}),
     "gemma3_text": (TURNS, [2], {"sliding_window": 10, "head_dim": 8, "tie_word_embeddings": True,
                                  "layer_types": ["sliding_attention", "full_attention"]})}
@@ -498,11 +497,13 @@ SMALL = {train_rm: "--max_samples 80 --held_out 16 --batch_size 16 --max_steps 6
 def bad(tmp_path_factory):               # a folder of models and data, most of them to be refused
     top, tokenizer = tmp_path_factory.mktemp("bad"), prepare.build_tokenizer()
     sft = Path(SFT, "config.json").read_text()           # dull: all that it says is 0
+    words = Path(SFT, "tokenizer.json").read_text().replace("<user>", "<X>")
     for path, text in {
             "nan/config.json": sft.replace("1e-06", "NaN"),
             "dull/config.json": sft.replace("1e-06", "Infinity"),
             "pickle/pytorch_model.bin": "cbuiltins\nopen\n(S'it_ran'\nS'w'\ntR.",
             "code/a.py": "open('it_ran', 'w')",
+            "swapped/tokenizer.json": words.replace("<system>", "<user>").replace("<X>", "<system>"),
             "code/config.json": '{"model_type": "evil", "auto_map": {"AutoConfig": "a.B"}}',
             "data/torn.jsonl": '{"chosen": [\n',
             "data/one.jsonl": '{"prompt": "is it good?", "chosen": "good", "rejected": "me"}',
@@ -549,16 +550,17 @@ rm --cutoff nan | --cutoff ; rm --cutof 1 | --cutof ; rm --data bad/data/torn.js
 rm --data bad/data/one.jsonl | one.jsonl: 0 pairs ; rm --batch_size 999 | --batch_size 999
 rm --max_prompt_tokens 256 | --max_prompt_tokens ; rm --max_tokens 999 | context of data/reviews/sft
 rm --model bad/no | bad/no: no model there ; rm --model bad/code | bad/code
-rm --model bad/pickle | bad/pickle ; rm --model bad/nan | not finite ; judge --model bad/no | bad/no
+rm --model bad/pickle | bad/pickle ; rm --model bad/nan | not finite ; rm --held_out 0 | 0 held out
 rm --model bad/capped | more than a matrix ; rm --model bad/pictures | bad/pictures: not supported
 rm --model bad/longrope | bad/longrope ; rm --out bad/foreign | another --out
 rm --out bad/data/one.jsonl/out | --out bad/data/one.jsonl/out ; rm --wandb project | --wandb
 ppo --batch_size 7 | --batch_size 7 ; ppo --data bad/data/one.jsonl | --rollout_batch_size 16
-ppo --reward_model bad/no.py:f | bad/no.py:f ; ppo --reward_model bad/llama | --trained_granularity
+ppo @no.args | @no.args ; ppo --reward_model bad/llama | --trained_granularity
 ppo --reward_model bad/llama --trained_granularity segment | --cutoff
 ppo --reward_model bad/llama --trained_granularity token --granularity segment | --cutoff
 ppo --reward_model bad/llama --trained_granularity token | --calibration_data
 ppo --reward_model bad/words --trained_granularity token | its tokens are not
+ppo --reward_model bad/swapped --trained_granularity token | its tokens are not
 ppo --reward_model data/reviews/sft --trained_granularity token | data/reviews/sft
 judge --data bad/data/one.jsonl | --judge ; judge --judge bad/no.py:f | bad/no.py:f"""))
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(here, capsys, monkeypatch, mistake):
@@ -590,8 +592,7 @@ def runs(tmp_path_factory):              # {name: function that waits for its fo
     top, pool, started = tmp_path_factory.mktemp("runs"), ThreadPoolExecutor(2), {}
     rm = job("train_rm", f"{top}/rm", SMALL[train_rm])
     small, oracle = f"{SMALL[train_ppo]} --reward_model {rm}/model", ORACLE + "--max_steps 16"
-    for script, flags, names in (
-            ("train_rm", SMALL[train_rm], "rm rm_killed rm_two"),
+    for script, flags, names in (("train_rm", SMALL[train_rm], "rm rm_killed rm_two"),
             ("train_ppo", small, "ppo ppo_two ppo_killed"), ("train_ppo", oracle, "segment"),
             ("train_ppo", oracle + " --granularity bandit", "bandit")):
         for name in names.split():
@@ -939,8 +940,7 @@ def test_endpoint_asks_both_orders_pays_nothing_twice_and_bears_refusals(here, c
         assert judge(server.flags) == [want] * 29 + [1.5]
 
 
-@pytest.mark.parametrize("status,body,words", [
-    (401, '{"error": {"message": "not KEY"}}', "***"),
+@pytest.mark.parametrize("status,body,words", [(401, '{"error": {"message": "not KEY"}}', "***"),
     (400, '{"error": {"message": "x is not a valid model ID"}}', "x is not a valid model ID"),
     (200, '{"error": {"message": "the quota is used up"}}', "the quota is used up"),
     (200, '{"choices": []}', "no choices")])
