@@ -503,7 +503,7 @@ def bad(tmp_path_factory):               # a folder of models and data, most of 
             "dull/config.json": sft.replace("1e-06", "Infinity"),
             "pickle/pytorch_model.bin": "cbuiltins\nopen\n(S'it_ran'\nS'w'\ntR.",
             "code/a.py": "open('it_ran', 'w')",
-            "swapped/tokenizer.json": words.replace("<system>", "<user>").replace("<X>", "<system>"),
+            "swapped/tokenizer.json": words.replace("<system>", "<user>").replace("X", "system"),
             "code/config.json": '{"model_type": "evil", "auto_map": {"AutoConfig": "a.B"}}',
             "data/torn.jsonl": '{"chosen": [\n',
             "data/one.jsonl": '{"prompt": "is it good?", "chosen": "good", "rejected": "me"}',
