@@ -36,6 +36,8 @@ def read_results(path):
     policies, reward_models = defaultdict(lambda: defaultdict(list)), defaultdict(list)
     for text in open(path):
         line = json.loads(text)
+        if line["name"].startswith("sentiment-"):        # sentiment_figures.py shows these
+            continue
         if "gold" in line:
             policies[line["name"]][line["draw"]].append(line)
         else:

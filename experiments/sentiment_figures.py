@@ -1,0 +1,113 @@
+"""Tables, samples and a picture of the experiment with a real model, from results.jsonl alone.
+
+    python experiments/sentiment_figures.py [RESULTS.jsonl]      # and beside it sentiment.png
+
+"Final" is the mean over the last 5 iterations, on the prompts that PPO trains on; test prompts are
+about other subjects. ± is the standard deviation over PPO seeds, which share one reward model; of a
+reward model's accuracy it is the standard error over held-out pairs.
+"""
+import json
+import os
+import sys
+from collections import defaultdict
+
+from figures import (COLORS, FINAL, FINAL_KL, FIRST, HERE, ORACLES, cell, difference, mean_of,
+                     smooth, table)
+
+# of answers to the test prompts; the last two show over-optimisation
+SIGNS = {"gold": "+.2f", "positive": ".3f", "distinct": ".3f"}
+
+
+def read_results(path):
+    """The policies, {name: {seed: line}}, and the reward models, {name: line}."""
+    policies, reward_models = defaultdict(dict), {}
+    for text in open(path):
+        line = json.loads(text)
+        experiment, _, name = line["name"].partition("-")
+        if experiment == "sentiment" and "gold" in line:
+            policies[name][line["seed"]] = line
+        elif experiment == "sentiment":
+            reward_models[name] = line
+    return policies, reward_models
+
+
+def measured(lines, key, *where):
+    return {seed: mean_of(line, key, *where) for seed, line in lines.items()}
+
+
+def policy_table(policies):
+    """"ahead": of the bandit reward of its kind, learned or true, seed by seed."""
+    rows = []
+    for name, lines in policies.items():
+        if not rows:                                     # all have the same baseline
+            line = next(iter(lines.values()))
+            rows.append(["SFT model"] + 5 * [""] + [str(line["before"][key]) for key in SIGNS])
+        final = measured(lines, *FINAL)
+        oracle = name.startswith("oracle-") * "oracle-"
+        rivals = [other for other in policies if other.startswith(f"{oracle}bandit-")]
+        ahead = [cell(difference(final, measured(policies[rival], *FINAL)))
+                 for rival in rivals if rival != name]
+        row = [name, str(len(lines)), cell(measured(lines, *FIRST)), cell(final), ", ".join(ahead),
+               cell(measured(lines, *FINAL_KL), ".1f")]
+        for key, form in SIGNS.items():
+            row.append(cell({seed: line["after"][key] for seed, line in lines.items()}, form))
+        rows.append(row)
+    table(["reward, KL coefficient", "seeds", "gold, first iteration", "final", "ahead of bandit",
+           "final KL", "gold, test prompts", "praising words", "word pairs that are new"], rows)
+
+
+def reward_model_table(reward_models):
+    rows = []
+    for name, line in reward_models.items():
+        rows.append([name, f"{line['accuracy']:.3f} ± {line['accuracy_error']:.3f}",
+                     f"{line['correlation']:.2f}", f"{line['within']:.2f}"])
+    table(["reward model", "held-out accuracy", "correlation of segment ends with their sentence",
+           "within a response"], rows)
+
+
+def print_samples(policies):
+    """The first five test prompts with the first seed's answers; in brackets a segment's reward."""
+    firsts = {name: lines[min(lines)] for name, lines in policies.items()}
+    for i in range(5):
+        for n, (name, line) in enumerate(firsts.items()):
+            sample = line["samples"][i]
+            if n == 0:
+                print(f"\n**{sample['prompt']}**\n")
+            if not name.startswith("oracle"):            # a reward model looks at the SFT answer
+                print(f"- SFT, rewards of {name}: {sample['before']!r}")
+            print(f"- {name}: {sample['after']!r}")
+
+
+def draw_gold_by_kl(axes, policies):
+    """A line is a seed: from left to right its iterations, each the mean of three."""
+    for name, lines in policies.items():
+        method = name.partition("-kl")[0]
+        label, style = ORACLES.get(method, (f"{method} rewards", "-"))
+        color = COLORS.get(method, "black")
+        for seed, line in sorted(lines.items()):
+            kl, gold = smooth(line, "kl"), smooth(line, "gold")
+            axes.plot(kl, gold, style, color=color, lw=1.2, alpha=.7)
+            axes.plot(kl[-1], gold[-1], "o", color=color, ms=4)
+        axes.plot([], [], style, color=color, label=f"{label} ({name.partition('-kl')[2]})")
+    axes.set(xlabel="KL to the SFT model, nats a response",
+             ylabel="true reward: mean sentiment of sentences")
+
+
+def main():
+    results = sys.argv[1] if len(sys.argv) > 1 else f"{HERE}/results.jsonl"
+    policies, reward_models = read_results(results)
+    reward_model_table(reward_models)
+    policy_table(policies)
+    print_samples(policies)
+
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    draw_gold_by_kl(axes, policies)
+    axes.legend(frameon=False, fontsize=10)
+    folder = os.path.dirname(os.path.abspath(results))
+    figure.savefig(f"{folder}/sentiment.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
