@@ -10,7 +10,7 @@ starts it is wide open. So the entropy of the SFT model's next token marks where
 
 Legend of all four chapters: B rows in a batch, P tokens of a row's prompt, R response tokens of the
 longest row, T tokens of the longest sequence, V vocabulary, d hidden size, N any number of tokens;
-b, r, n in a shape: of a part of them. Sequences are [prompt | response | padding], and (B, R)
+small b, r, n in a shape: of a part of them. Sequences are [prompt | response | padding], and (B, R)
 tensors hold one number for each response token. Response token r = 0 ... R-1 is at position P + r:
     at P + r      its segment end, its scalar reward and the entropy *after* it are read,
     at P + r - 1  its log-probability and its critic value: there the model decided on it.
@@ -147,7 +147,7 @@ class LanguageModel(nn.Module):
         lens = response_lens + 1                                                         # (B,)
         states = torch.cat(parts_of(hidden, starts, lens))                               # (N, d)
         targets = torch.cat(parts_of(ids.roll(-1, 1), starts, lens))                     # (N,)
-        head_weight = self.hf.get_output_embeddings().weight     # (V, d), gathered by the root
+        head_weight = self.hf.get_output_embeddings().weight     # (V, d), whole: FSDP gathered it
         both = token_logprobs_and_entropy(states, head_weight, targets)          # (N,), (N,)
         logprobs, entropies = [x.split(lens.tolist()) for x in both]
         logprobs = pad_sequence([row[:-1] for row in logprobs], batch_first=True)        # (B, R)
@@ -308,7 +308,7 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
     if grad_checkpoint:
         hf.gradient_checkpointing_enable({"use_reentrant": False})
 
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for block in [*hf.base_model.layers, model]:     # the root last: embeddings, final norm, head
         # Not buffers: rotary frequencies stay in fp32. (The root's include the layers', which are
@@ -317,7 +317,7 @@ def load_model(path, wrap, device, dtype, train=False, grad_checkpoint=False, he
             p.data = p.data.to(torch.float32 if train else dtype)
         # Resharded even at the root: after a forward without a backward its weights would stay
         # whole, and the optimizer and checkpoints would find plain tensors instead of shards.
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     # train(), for gradient checkpointing needs it; nothing else differs, as dropout is 0
     return model.train().requires_grad_(train)
 
@@ -553,7 +553,7 @@ def encode_chats(tokenizer, stops, chats, max_tokens, max_prompt_tokens):
         # The first token that the policy never samples ("": there is none). A person may have typed
         # it; what the template puts into an answer is refused.
         unsampled = tokenizer.decode(r[np.isin(r, never)][:1])
-        by_template = unsampled not in "".join(responses)
+        by_template = unsampled not in "".join(responses)        # "" is in every text
         if by_template or not text.startswith(prompt_texts[i]):
             fail(f"{where}: the chat template does not continue its own generation prompt, or puts "
                  f"into the answer what the policy never samples: {unsampled} (if it ends a turn: "

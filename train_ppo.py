@@ -58,17 +58,18 @@ class Config:
     # the reward
     granularity: Optional[Granularity] = None  # PPO's; default: the reward model's
     trained_granularity: Optional[Granularity] = None  # of a released reward model
-    cutoff: Optional[float] = None             # PPO's, nats; default: the reward model's (of a
-    #                                            released one it is that, too)
+    cutoff: Optional[float] = None             # PPO's, nats; default: the reward model's own. For a
+    #                                            released one, which names none, it is both
     calibration_data: str = ""                 # preferences; default: what train_rm.py held out
     fit: str = ""                              # 'w_mean w_std b_mean b_std', instead of calibrating
-    # a mean and deviation at each location; one of each, over all segments or over last ones
+    # location: a mean and deviation at each p; global: one of each, over all segments; last: over
+    # last segments; none: 0 and 1
     normalizer: Literal["location", "global", "last", "none"] = "location"
     interpolation: Literal["even", "repeat", "end"] = "even"  # of a segment's reward
     reward_scale: Literal["total", "none"] = "total"  # divide by S (paper: none)
     kl_coef: float = 0.03                      # price of a nat away from the SFT model (paper: .01)
     missing_eos_reward: float = -3.0           # at the end of an unfinished response (paper: 0)
-    divide_by_length: bool = False             # by the response's (paper: for Llama-3-SFT, token)
+    divide_by_length: bool = False             # of the response (paper: for Llama-3-SFT's tokens)
     bad_length: int = 0                        # longer or unfinished: -.05 a token (Llama-3.1: 800)
     # sampling
     rollout_batch_size: int = 64               # responses an iteration, over all GPUs (paper: 1024)
@@ -463,7 +464,7 @@ def main(cfg):
         check_tokens(tokenizer, cfg.reward_model)
         reward_model = load_model(cfg.reward_model, ScalarModel, device, dtype)
         cut_by = getattr(reward_model.hf.config, "segment_model", cfg.model)
-        if os.path.abspath(cut_by) != os.path.abspath(cfg.model):
+        if os.path.abspath(cut_by) != os.path.abspath(cfg.model):        # folders or hub ids
             say(f"note: its segments were cut by {cut_by} in training, here by {cfg.model}")
         held_out = getattr(reward_model.hf.config, "segment_held_out", "")
     # PPO may take it at another granularity than it was trained at
@@ -473,8 +474,9 @@ def main(cfg):
         fail("--cutoff: nats, above which a segment ends; segment.py helps to choose")
     interpolation = "end" if granularity == "bandit" else cfg.interpolation
 
-    def rewards_at_ends(rows, prompt_texts, sft_entropy, batches=None):
-        """rows: B (prompt ids, response ids). Returns rewards and segment ends, (B, R) each."""
+    def rewards_at_ends(rows, texts, sft_entropy, batches=None):
+        """rows: B (prompt ids, response ids); texts: their prompts, for rules. Returns rewards and
+        segment ends, (B, R) each."""
         ends = cut_rows(rows, sft_entropy, tokenizer, stops, cutoff, granularity)        # (B, R)
         if not rule:
             rewards = map_rows(reward_model, rows, size, device, batches)                # (B, R)
@@ -484,7 +486,9 @@ def main(cfg):
                 rewards = sequence_score(rewards, trained_ends)[:, None]                 # (B, 1)
             return rewards * ends, ends
         rewards = torch.zeros(ends.shape)                                                # (B, R)
-        for b, (text, (_, response)) in enumerate(zip(prompt_texts, rows)):
+        for b, (text, (_, response)) in enumerate(zip(texts, rows)):
+            # As many texts as ends: a bandit's one end, at the stop token, goes, and then its text
+            # is what follows the last end.
             content = response[:-1] if response[-1] in stops else response
             segments = segment_texts(tokenizer, content, ends[b, :len(content)])
             rewards[b, ends[b]] = torch.tensor(rule(text, segments)).float()
@@ -529,7 +533,7 @@ def main(cfg):
 
     steps = cfg.max_steps or cfg.passes * len(prompts) // B
     updates = cfg.ppo_epochs * B // cfg.batch_size       # in an iteration
-    # which prompts an iteration takes, (steps, B). Behind the seed, 0: orders are drawn; 1: samples
+    # (steps, B) the prompts of each iteration. (seed, 0, ...) draws orders, (seed, 1, ...) samples
     order = shuffled(len(prompts), steps, B, cfg.seed, 0)
     say(f"{steps} iterations x {B} responses on {ranks} x {device.type}, in each {updates} updates")
     for step in range(first_step, steps):

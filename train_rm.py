@@ -70,7 +70,7 @@ class Config:
 # -- The method: a scalar at every token, and the loss ---------------------------------------------
 class ScalarModel(LanguageModel):
     """In place of the head over V tokens one d -> 1, without bias: a scalar at each response token.
-    Of a LanguageModel it is but the constructor."""
+    It shares only the constructor with LanguageModel."""
     auto_class = AutoModelForSequenceClassification
     settings = {"num_labels": 1}
     shift = 0                            # the critic of chapter 3 reads one position earlier
@@ -296,7 +296,7 @@ def note_training(cfg, tokenizer, stops, config, held_out):
             for prompt, chosen, rejected, _ in held_out:
                 row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
                 print(json.dumps(row), file=f)
-    # The class scores the last token that is not the pad token. Were that a stop token, the class
+    # The class scores the last token that is not the pad token. Were a stop token the pad token, it
     # would skip a response's end: so take another special token, or add one where the embedding has
     # a row to spare.
     if tokenizer.pad_token_id in [None, *stops.tolist()]:
@@ -313,6 +313,7 @@ def note_training(cfg, tokenizer, stops, config, held_out):
         "segment_cutoff": cfg.cutoff if cfg.granularity == "segment" else None,
         "segment_model": str(folder.absolute()) if folder.exists() else cfg.model,
         "segment_held_out": str(source),
+        "eos_token_id": stops.tolist(),                  # generation_config.json is not exported
         "pad_token_id": tokenizer.pad_token_id})
 
 
@@ -348,7 +349,7 @@ def main(cfg):
         say("warning: so few held-out pairs say little, and PPO calibrates on them")
 
     # the reward model, and the frozen SFT model whose entropies cut the segments
-    # a standard deviation of 1/(d+1), as the authors and InstructGPT have it
+    # whose head begins with a standard deviation of 1/(d+1), as the authors have it
     head_std = 1 / (read_config(cfg.model).get_text_config().hidden_size + 1)
     model = load_model(cfg.model, ScalarModel, device, dtype, train=True,
                        grad_checkpoint=cfg.grad_checkpoint, head_std=head_std)
