@@ -244,6 +244,8 @@ def seed_table(policies):
         kind = name.split("-kl")[0]                      # all its coefficients together
         if "-as-" in name:
             kind = "changes: crossings with the bandit"
+        elif name == "paper-scale":
+            kind = "changes: the paper's scale"
         elif "-kl" not in name:
             kind = "changes: all others"
         for seeds in draws.values():
