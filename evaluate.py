@@ -50,7 +50,7 @@ class Config:
     out: str = "out/eval"                      # output folder
     html: bool = False                         # write OUT/index.html: figures and up to 100 pairs
     # figures of alpaca_eval's files alone
-    annotations: List[str] = field(default_factory=list)  # one policy a file
+    annotations: List[str] = field(default_factory=list)  # of policies, each in one file
     difficulty: str = ""                       # instruction difficulties: a JSON list, by index
     gamed: List[str] = field(default_factory=list)  # annotations of length-gamed baselines
     # sampling
@@ -228,7 +228,7 @@ SETTINGS = [{"temperature": 0, "logprobs": True, "top_logprobs": 5}, {"temperatu
 # word could turn it round, so these are none: "The worse reply is A", "Reply B is better than
 # reply A", "A or B?"
 VERDICT = re.compile(r"""(?mx)           # in capitals; a line:
-    ^ [^\w#\n]*                           # "**", "("; but no "#": "## Reply A" is a heading
+    ^ [ \t*_`"'“(\[{$\\]*                # "**", "("; but no "#": "## Reply A" is a heading
     (?: (?: THE | MY | I | SO | THUS | HENCE | THEREFORE | OVERALL | FINAL | BETTER | BEST
           | PREFERRED | REPLY | RESPONSE | OUTPUT | ANSWER | OPTION | ASSISTANT | LETTER | CHOICE
           | VERDICT | WINNER | PREFERENCE | DECISION | JUDGE?MENT | CONCLUSION | BOXED | TEXT
@@ -307,7 +307,7 @@ def read_verdict(reply):
     choice = reply.choices[0]
     text = (choice.message.content or "").rpartition("</think>")[2]
     letters = set(VERDICT.findall(text.upper()))
-    if len(letters) != 1:
+    if len(letters) != 1 or choice.finish_reason == "length":        # cut off: more was to come
         return None
     [letter] = letters
     p = {letter: 1e-30}              # decides where there are no log-probs, else changes nothing
@@ -347,7 +347,8 @@ def answers_of(cfg, source, side, prompts, device, dtype):
         output = answer_text(tokenizer, stops, row[:length])
         answers.append({"instruction": instruction, "output": output,
                         "generator": name_of(source), "finished": row[length - 1] in stops})
-    say(f"sampled the answers of {source}")
+    finished = np.mean([answer["finished"] for answer in answers])
+    say(f"{source}: {len(answers)} answers sampled, {finished:.0%} of them finished")
     return answers
 
 
@@ -424,8 +425,10 @@ def main(cfg):
     if cfg.annotations:
         policies = []
         for source in cfg.annotations:
-            rows = list(read_rows(source))
-            policies.append((rows[0].get("generator_2", source), rows))
+            by_generator = defaultdict(list)
+            for row in read_rows(source):
+                by_generator[row.get("generator_2", source)].append(row)
+            policies += by_generator.items()
         return report(cfg, policies)
 
     # 1. who judges? Said before anything is sampled

@@ -414,11 +414,14 @@ def messages_of(value, role):
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
+CONTEXT_COLUMNS = ("system", "system_prompt", "input", "context", "history")
+
+
 def conversation(row, side, where):
     """The prompt messages and the response text of a row's side: chosen, rejected, or none."""
     try:
-        lost = row.get("system") or row.get("input")
-        assert not lost, "the columns system and input would be lost: make them part of the prompt"
+        lost = [name for name in CONTEXT_COLUMNS if row.get(name)]
+        assert not lost, f"the columns {lost} would be lost: make them part of the prompt"
         prompt = messages_of(row.get("prompt") or row.get("instruction") or [], "user")
         chat = messages_of(row[side] if side else "", "assistant")       # none: an empty answer
         # the side may repeat the prompt, or its end
@@ -477,10 +480,12 @@ def load_tokenizer(path):
         eos = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:
         pass                                                     # it has no such file
-    stops = {tokenizer.eos_token_id, *np.ravel(eos).tolist()} - {None}
-    if not stops or len(tokenizer) > config.get_text_config().vocab_size:
+    stops = torch.tensor(sorted({tokenizer.eos_token_id, *np.ravel(eos).tolist()} - {None}))
+    # A special token may have no embedding: Gemma 3's tokenizer has one for pictures
+    used = np.setdiff1d(list(tokenizer.get_vocab().values()), never_sampled(tokenizer, stops))
+    if not len(stops) or max(used) >= config.get_text_config().vocab_size:
         fail(f"{path}: more tokens than embeddings, or no eos_token_id in generation_config.json")
-    return tokenizer, torch.tensor(sorted(stops))
+    return tokenizer, stops
 
 
 def never_sampled(tokenizer, stops):

@@ -385,9 +385,8 @@ def refresh(hf, model):
 
 def banned_tokens(tokenizer, stops, vocab_size):
     """bool (V,): special tokens that stop nothing, and rows of the embedding that are no token."""
-    banned = torch.arange(vocab_size) >= len(tokenizer)
-    banned[never_sampled(tokenizer, stops)] = True
-    return banned
+    ids = np.setdiff1d(list(tokenizer.get_vocab().values()), never_sampled(tokenizer, stops))
+    return ~torch.isin(torch.arange(vocab_size), torch.tensor(ids))
 
 
 # -- Plumbing. Where rewards come from -------------------------------------------------------------
@@ -424,6 +423,8 @@ def trained_how(cfg, path):
     cutoff = getattr(config, "segment_cutoff", cfg.cutoff)
     if granularity is None or granularity == "segment" and cutoff is None:
         fail(f"{path} does not say how it was trained: give --trained_granularity and --cutoff")
+    if cfg.trained_granularity not in (None, granularity):
+        fail(f"{path} was trained at --trained_granularity {granularity}")
     return granularity, cutoff
 
 
@@ -496,6 +497,8 @@ def main(cfg):
 
     reference = load_model(cfg.model, LanguageModel, device, dtype)
     if cfg.fit:
+        if cfg.normalizer != "location" or cfg.calibration_data or granularity != trained_at:
+            fail("--fit stands for a calibration of the reward model's own use: give --fit ''")
         w_mean, w_std, b_mean, b_std = map(float, cfg.fit.split())
         normalizer = Normalizer(w_mean, w_std, b_mean, b_std)
         scale = 1.0                                      # no responses to measure S on
