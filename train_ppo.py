@@ -421,10 +421,10 @@ def trained_how(cfg, path):
     config = read_config(path)
     granularity = getattr(config, "segment_granularity", cfg.trained_granularity)
     cutoff = getattr(config, "segment_cutoff", cfg.cutoff)
-    if granularity is None or granularity == "segment" and cutoff is None:
-        fail(f"{path} does not say how it was trained: give --trained_granularity and --cutoff")
-    if cfg.trained_granularity not in (None, granularity):
-        fail(f"{path} was trained at --trained_granularity {granularity}")
+    known = granularity is not None and (granularity != "segment" or cutoff is not None)
+    if not known or cfg.trained_granularity not in (None, granularity):
+        fail(f"{path} says that it was trained at {granularity}, cutoff {cutoff}: what is None "
+             "must be given, by --trained_granularity and --cutoff; the rest can't be changed")
     return granularity, cutoff
 
 
@@ -497,8 +497,8 @@ def main(cfg):
 
     reference = load_model(cfg.model, LanguageModel, device, dtype)
     if cfg.fit:
-        if cfg.normalizer != "location" or cfg.calibration_data or granularity != trained_at:
-            fail("--fit stands for a calibration of the reward model's own use: give --fit ''")
+        if cfg.normalizer != "location" or granularity != trained_at:
+            fail("--fit is a line for the reward model's own use; for any other give --fit ''")
         w_mean, w_std, b_mean, b_std = map(float, cfg.fit.split())
         normalizer = Normalizer(w_mean, w_std, b_mean, b_std)
         scale = 1.0                                      # no responses to measure S on
