@@ -302,7 +302,8 @@ def draw_gold_by_kl(axes, policies):
             if draws:
                 gold, kl = by_draw(draws, mean_of, *FINAL), by_draw(draws, mean_of, *FINAL_KL)
                 points.append((average(kl), average(gold), deviation(kl), deviation(gold)))
-                axes.annotate(coefficient, points[-1][:2], (5, 5), textcoords="offset points")
+                axes.annotate(coefficient, points[-1][:2], (5, -14 if method == "token" else 5),
+                              textcoords="offset points", color=COLORS[method])
         if points:
             x, y, x_error, y_error = np.transpose(points)
             axes.errorbar(x, y, y_error, x_error, color=COLORS[method], marker="o", capsize=3,
