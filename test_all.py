@@ -133,22 +133,8 @@ def test_a_normalizer_recovers_the_lines_that_rewards_were_made_from():
     for y in ([3, 3], [1, math.nan]):                    # they do not vary, or are no numbers
         with pytest.raises(ValueError):
             fit_normalizer([1, 1], y)
-
-
-def test_huber_line_is_that_of_scikit_learn():
-    """HuberRegressor(alpha=0), where least squares gives .429, 1.75"""
-    y = np.array([1, 0, 3, 2, 5, 4, 20, -9])
-    near(train_ppo.huber_line(np.arange(8), y), [.74094, .64766])
-
-
-def test_bradley_terry_and_the_learning_rate_by_hand():
-    near(train_rm.bradley_terry(torch.tensor(3.0), torch.tensor(1.0)), math.log1p(math.exp(-2)))
-    rates = [train_rm.learning_rate(step, 103) for step in (0, 1, 2, 3, 53, 102)]
-    near(rates, [1 / 3, 2 / 3, 1, 1, .55, .1], 1e-3)
-
-
-def test_micro_batches_hold_every_row_once_longest_first():
-    assert list(map(list, micro_batches([3, 9, 2, 8, 5, 9, 1], 3))) == [[1, 5, 3], [4, 0, 2], [6]]
+    # the line of scikit-learn's HuberRegressor(alpha=0); least squares gives .429, 1.75
+    near(train_ppo.huber_line(np.arange(8), np.array([1, 0, 3, 2, 5, 4, 20, -9])), [.74094, .64766])
 
 
 # -- 2. What models say about tokens ---------------------------------------------------------------
@@ -265,6 +251,8 @@ def test_prompt_and_response_are_the_whole_conversation(families, family):
     assert [*p, *r] == whole[:len(p) + len(r)]
     assert [*p] == [*encode_prompts(tokenizer, [TALK], 256, "")[0]]
     assert [t in stops for t in r].index(True) == len(r) - 1             # up to the first stop
+    tokenizer.chat_template = "{{ date_string or strftime_now('%d %b %Y') }}"    # on any day
+    assert tokenizer.decode(encode_prompts(tokenizer, [TALK], 99, "")[0]) == "26 Jul 2024"
 
 
 def encode(tokenizer, template, prompt, response):
@@ -274,13 +262,10 @@ def encode(tokenizer, template, prompt, response):
     return tokenizer.batch_decode(encode_chats(tokenizer, torch.tensor([2]), chats, 99, 64)[0])
 
 
-def test_a_token_that_reaches_over_the_border_of_prompt_and_response_is_parted():
+def test_no_token_reaches_over_the_border_of_prompt_and_response():
     template = "{% for m in messages %}{{ m.content + (' my', '<eos>')[loop.index0] }}{% endfor %}"
     assert encode(prepare.build_tokenizer(), template, "how", "cat") == ["how my", "cat <eos>"]
-
-
-def test_a_space_that_a_tokenizer_puts_in_front_stands_before_the_conversation_alone():
-    """As in Llama 2: the model has never seen a space between "]" and the answer."""
+    # nor is there a space in front of the answer, as Llama 2 has it before the conversation
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([
         normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -312,11 +297,6 @@ def test_what_is_too_long_loses_the_prompts_oldest_and_the_responses_newest(fami
     assert "prompts were cut to 10" in capsys.readouterr().out
 
 
-def test_a_template_that_prints_the_date_gives_the_same_tokens_every_day():
-    tokenizer = byte_tokenizer(chat_template="{{ date_string or strftime_now('%d %b %Y') }}")
-    assert tokenizer.decode(encode_prompts(tokenizer, [TALK], 99, "")[0]) == "26 Jul 2024"
-
-
 def test_texts_of_segments_join_to_the_whole_and_answers_end_before_the_stop_token():
     """Also where a character has several tokens, and where the stop token is not marked special."""
     tokenizer = byte_tokenizer()
@@ -327,9 +307,16 @@ def test_texts_of_segments_join_to_the_whole_and_answers_end_before_the_stop_tok
     assert segment.answer_text(tokenizer, torch.tensor([2, ids[-1]]), ids) == "Great 🎉 你好"
 
 
-def test_more_tokens_than_embeddings_are_refused(tmp_path, capsys):
-    byte_tokenizer().save_pretrained(tiny_model(tmp_path, "llama", 261))
+def test_tokens_without_embeddings_are_refused_if_they_can_occur(tmp_path, capsys):
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tiny_model(tmp_path, "llama", 261))
     assert "embeddings" in refused(capsys, load_tokenizer, str(tmp_path))
+    tokenizer.add_tokens(["<picture>"], special_tokens=True)             # as in Gemma 3
+    tokenizer.save_pretrained(tiny_model(tmp_path, "llama", 262))
+    assert len(load_tokenizer(str(tmp_path))[0]) == 263
+    # and embeddings without tokens are never sampled
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 4})))
+    assert train_ppo.banned_tokens(words, torch.tensor([4]), 6).tolist() == [0, 1, 1, 1, 0, 1]
 
 
 # -- 4. Data ---------------------------------------------------------------------------------------
@@ -447,7 +434,7 @@ def test_gae_is_the_double_sum():
     near(returns, want + values)
 
 
-def test_whitening_and_losses_of_valid_tokens():
+def test_whitening_losses_and_the_learning_rate():
     new, old, x, y = randn(4, 38, 19, seed=7) * 0.5              # garbage on padding, too
     white = (x - x[MASK].mean()) / x[MASK].std(correction=0)
     near(train_ppo.whiten(x, MASK), torch.where(MASK, white, 0))
@@ -456,6 +443,9 @@ def test_whitening_and_losses_of_valid_tokens():
     near(train_ppo.policy_loss(new, old, x, MASK, 0.2)[0], -(gain * MASK).sum(1) / LENGTHS)
     far = torch.maximum((new - y).abs(), (old + (new - old).clamp(-.25, .25) - y).abs())
     near(train_ppo.value_loss(new, old, y, MASK, 0.25), (far ** 2 * MASK).sum(1) / LENGTHS / 2)
+    near(train_rm.bradley_terry(torch.tensor(3.0), torch.tensor(1.0)), math.log1p(math.exp(-2)))
+    rates = [train_rm.learning_rate(step, 103) for step in (0, 1, 2, 3, 53, 102)]
+    near(rates, [1 / 3, 2 / 3, 1, 1, .55, .1], 1e-3)
 
 
 def test_calibrate_fits_what_was_asked_and_S_is_the_deviation_of_a_responses_total():
@@ -524,6 +514,7 @@ pictures gemma3 CausalLM {"eos_token_id": 2, "mm_tokens_per_image": 4, "text_con
 "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}}
 phi3 phi3 SequenceClassification {"sliding_window": 12}
 llama llama SequenceClassification {}
+said llama SequenceClassification {"segment_granularity": "token"}
 words llama SequenceClassification {}"""):
         auto_class = getattr(transformers, f"AutoModelFor{kind}")
         tiny_model(top / folder, family, 200, auto_class, **json.loads(more))
@@ -559,6 +550,8 @@ ppo @no.args | @no.args ; ppo --reward_model bad/llama | --trained_granularity
 ppo --reward_model bad/llama --trained_granularity segment | --cutoff
 ppo --reward_model bad/llama --trained_granularity token --granularity segment | --cutoff
 ppo --reward_model bad/llama --trained_granularity token | --calibration_data
+ppo --reward_model bad/said --trained_granularity segment --cutoff 1 | was trained at token
+ppo --reward_model bad/said --granularity bandit --fit '0 0 0 1' | --fit
 ppo --reward_model bad/words --trained_granularity token | its tokens are not
 ppo --reward_model bad/swapped --trained_granularity token | its tokens are not
 ppo --reward_model data/reviews/sft --trained_granularity token | data/reviews/sft
@@ -699,7 +692,10 @@ def calibration(out="out"):                              # w_mean, w_std, b_mean
 
 
 def test_an_exported_bandit_model_scores_alike_in_its_own_class(here):
-    go(train_rm, "--granularity bandit --max_steps 1")   # of a model whose pad is EOS, as in ChatML
+    # of a model whose pad is EOS, as in ChatML, and that names a stop token where exports do not
+    GenerationConfig(eos_token_id=5).save_pretrained(shutil.copytree(SFT, "chat"))
+    go(train_rm, "--granularity bandit --max_steps 1 --model chat")
+    assert load_tokenizer("out/model")[1].tolist() == load_tokenizer("chat")[1].tolist()
     source = PAIRS + ":train[:8]"
     _, (_, mask, _), scalars = read(source, "out/model")
     whole = [[*prompt, assistant(chosen)] for prompt, chosen, *_ in load_pairs(source)]
@@ -966,6 +962,10 @@ def test_function_judge_and_what_files_must_hold(here, capsys):
     for row in {"preference": 3, "len_1": 1, "len_2": 1}, {"preference": 2, "len_1": 1}:
         write_rows(Path("wrong.jsonl"), row)
         assert "wrong" in refused(capsys, go, E, "--annotations wrong.jsonl")
+    write_rows(Path("two.jsonl"), *[{"generator_2": name, "preference": p, "len_1": 1, "len_2": 1}
+                                    for name, p in [("a", 2), ("a", 2), ("b", 1), ("b", 1)]])
+    go(E, "--annotations two.jsonl", "two")              # of two policies: two rows
+    assert [*pandas.read_csv("two/leaderboard.csv").win_rate] == [100, 0]
 
 
 def test_reward_model_judge_and_answers_used_again(here):
