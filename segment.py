@@ -206,10 +206,10 @@ def warn_of_world_values(cfg):
     """With another model, name the flags that are still as in the embedded world, though the paper
     has another value. That is read from Config's source, out of comments like "(paper: 1024)"."""
     Config = type(cfg)
-    if cfg.model != Config.model:
-        papers = re.findall(r"(\w+): .*\(paper: (.+)\)", inspect.getsource(Config))
-        made = [f"--{name} ({value})" for name, value in papers
-                if getattr(cfg, name) == getattr(Config, name)]
+    papers = re.findall(r"(\w+): .*\(paper: (.+)\)", inspect.getsource(Config))
+    made = [f"--{name} ({value})" for name, value in papers
+            if getattr(cfg, name) == getattr(Config, name)]
+    if made and cfg.model != Config.model:
         say("note: made for the embedded world (in brackets the paper's):", *made)
 
 

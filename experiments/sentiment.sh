@@ -21,8 +21,8 @@ export DTYPE=${DTYPE:-bf16} OMP_NUM_THREADS=1
 SEEDS=${SEEDS:-0 1 2}
 # each at the KL coefficient that should bring it to a similar KL
 METHODS=${METHODS:-segment:.03 token:.1 bandit:.01 oracle-segment:.03 oracle-bandit:.01}
-export RM="--lr 5e-5 --epochs 1 --batch_size 16"
-export PPO="--max_steps 25 --rollout_batch_size 32 --batch_size 16 --actor_lr 5e-5 --critic_lr 1e-4"
+export RM="--lr 2e-4 --epochs 1 --batch_size 16"
+export PPO="--max_steps 20 --rollout_batch_size 32 --batch_size 8 --actor_lr 5e-5 --critic_lr 3e-4"
 
 has_line() {      # NAME SEED
     grep -qF "\"name\": \"$1\", \"draw\": 0, \"seed\": $2," "$RESULTS"
@@ -32,7 +32,7 @@ reward_model() {  # GRANULARITY
     local run=$OUT/rm-$1
     [ -e "$run/model" ] && [ ! -e "$run/checkpoint" ] && has_line "sentiment-rm-$1" 0 && return
     { python train_rm.py --model "$MODEL" --data "$OUT/pairs.jsonl" --out "$run" --dtype "$DTYPE" \
-          --granularity "$1" --cutoff "$CUTOFF" --held_out "$HELD_OUT" --save_every 50 \
+          --granularity "$1" --cutoff "$CUTOFF" --held_out "$HELD_OUT" --save_every 100 \
           --max_prompt_tokens "$P" --max_tokens $((P + R)) $RM $RM_FLAGS &&
       { has_line "sentiment-rm-$1" 0 ||
         python experiments/collect.py "$run" "sentiment-rm-$1" 0 0 "$RM $RM_FLAGS" "$RESULTS"; }
