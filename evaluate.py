@@ -227,13 +227,13 @@ SETTINGS = [{"temperature": 0, "logprobs": True, "top_logprobs": 5}, {"temperatu
 # A verdict is a line of these words and one letter, at the end or before "is better". Any other
 # word could turn it round, so these are none: "The worse reply is A", "Reply B is better than
 # reply A", "A or B?"
-VERDICT = re.compile(r"""(?mx)           # in capitals; a line:
+VERDICT = re.compile(r"""(?imx)          # a line:
     ^ [ \t*_`"'“(\[{$\\]*                # "**", "("; but no "#": "## Reply A" is a heading
     (?: (?: THE | MY | I | SO | THUS | HENCE | THEREFORE | OVERALL | FINAL | BETTER | BEST
           | PREFERRED | REPLY | RESPONSE | OUTPUT | ANSWER | OPTION | ASSISTANT | LETTER | CHOICE
           | VERDICT | WINNER | PREFERENCE | DECISION | JUDGE?MENT | CONCLUSION | BOXED | TEXT
           | IS | WOULD | RATHER | HAVE | RECEIVED | CHOOSE | PREFER | PICK | SELECT ) \b [^\w\n]* )*
-    \b ([AB]) \b                          # "B" alone, or behind words: "The better reply is B"
+    \b ( (?-i: [AB] | (?<![ ]) [ab] ) ) \b # "B", "(b)", "The better reply is B"; no "I prefer a"
     (?: [ ]IS [ ] (?: THE [ ] )? BETTER )? # "Reply B is better"
     [^\w?:\n]* $                          # "**.", ")"; but no "?", and no ":", that is a heading
     """)
@@ -247,10 +247,11 @@ def judge_by_endpoint(cfg, prompts, baseline, policy, device, dtype):
         return []
     import openai
     key = os.environ.get("OPENAI_API_KEY") or "none"     # read here, written nowhere
-    client = openai.OpenAI(base_url=cfg.api_base, api_key=key, timeout=60, max_retries=6)
+    client = openai.OpenAI(base_url=cfg.api_base, api_key=key, max_retries=6)
     first = list(map(QUESTION.format, baseline, policy))         # the policy's answer is B ...
     then = list(map(QUESTION.format, policy, baseline))          # ... and then A
-    verdicts = {q: 0.5 for q, p in zip(first, then) if q == p}           # equal answers: a draw
+    draws = {q: 0.5 for q, p in zip(first, then) if q == p}              # equal answers
+    verdicts = dict(draws)
     file = open(f"{cfg.out}/verdicts.jsonl", "a+")
     file.seek(0)
     for line in file:
@@ -275,8 +276,10 @@ def judge_by_endpoint(cfg, prompts, baseline, policy, device, dtype):
                 break                                    # no JSON: the next run asks again
             except openai.OpenAIError as error:
                 status = getattr(error, "status_code", None)
-                # a request refused may pass with plainer settings; all else ends the run
-                if status not in (400, 422) or settings == {}:
+                # A request refused may pass with plainer settings. A server that has answered other
+                # questions may refuse this one for what it says. All else ends the run.
+                refused = settings == {} and len(verdicts) == len(draws)
+                if status not in (400, 403, 422) or refused:
                     trouble.append(error)
         return question, None
 
@@ -305,18 +308,22 @@ def read_verdict(reply):
     if not getattr(reply, "choices", None):
         raise openai.OpenAIError(f"no choices in the reply: {reply}")
     choice = reply.choices[0]
-    text = (choice.message.content or "").rpartition("</think>")[2]
-    letters = set(VERDICT.findall(text.upper()))
+    content = choice.message.content or ""
+    text = content.rpartition("</think>")[2]
+    verdicts = list(VERDICT.finditer(text))
+    letters = {match[1].upper() for match in verdicts}
     if len(letters) != 1 or choice.finish_reason == "length":        # cut off: more was to come
         return None
     [letter] = letters
     p = {letter: 1e-30}              # decides where there are no log-probs, else changes nothing
-    tokens = choice.logprobs and choice.logprobs.content or []
-    at_letter = [token for token in tokens if token.token.strip().upper() == letter]
-    for token in at_letter[-1:]:                         # the last one is the verdict's
-        for other in token.top_logprobs or []:
-            name = other.token.strip().upper()           # "A" and " A" are two tokens
-            p[name] = p.get(name, 0) + math.exp(other.logprob)
+    place = len(content) - len(text) + verdicts[0].start(1)
+    for token in choice.logprobs and choice.logprobs.content or []:
+        place -= len(token.token)
+        if place < 0 and token.token.strip().upper() == letter:
+            for other in token.top_logprobs or []:
+                name = other.token.strip().upper()       # "A" and " A" are two tokens
+                p[name] = p.get(name, 0) + math.exp(other.logprob)
+            break
     return p.get("B", 0) / (p.get("A", 0) + p.get("B", 0))
 
 
@@ -330,8 +337,11 @@ def answers_of(cfg, source, side, prompts, device, dtype):
     """A file's rows of alpaca_eval outputs, in the prompts' order, or a model's answers."""
     asked = [prompt_text(prompt) for prompt in prompts]
     if re.search(r"\.json[^/]*$", source):
-        answers = [{"generator": name_of(source), "finished": True} | row | {"score": None}
-                   for row in read_rows(source, len(prompts))]
+        answers = []
+        for row in read_rows(source, len(prompts)):
+            finished = row.get("finished") is not False
+            answers.append({"generator": name_of(source)} | row
+                           | {"finished": finished, "score": None})
         if [answer.get("instruction") for answer in answers] != asked:
             fail(f"{source}: its instructions are not the prompts of --data, in their order")
         return answers
@@ -411,7 +421,7 @@ def report(cfg, policies):
         page = {"table": table, "pairs": [[name, rows[:100]] for name, rows in policies],
                 "judge": cfg.judge, "data": cfg.data}
         # without a "<" nothing in the data can end the element that holds it
-        data = json.dumps(page).replace("<", "\\u003c")
+        data = json.dumps(page, default=str).replace("<", "\\u003c")
         text = Path(__file__).parent.joinpath("assets/page.html").read_text()
         text = text.replace("{{nonce}}", os.urandom(16).hex()).replace("{{data}}", data)
         Path(cfg.out, "index.html").write_text(text)
@@ -443,7 +453,8 @@ def main(cfg):
         judge = judge_by_endpoint
     else:
         judge = judge_by_reward_model
-        trained_how(cfg, cfg.judge)
+        _, cutoff = trained_how(cfg, cfg.judge)
+        assert cfg.cutoff in (None, cutoff), "--cutoff: this judge says its own"
         check_context(cfg.judge, context_of(cfg.judge), cfg.max_prompt_tokens)
     kept = Path(cfg.out, "annotations.json")
     if kept.exists() and json.loads(kept.read_text())[0]["annotator"] != cfg.judge:
@@ -452,8 +463,8 @@ def main(cfg):
     # 2. both answer the same prompts
     prompts = load_prompts(cfg.data, cfg.max_samples)
     policy = answers_of(cfg, cfg.model, 1, prompts, device, dtype)
-    baseline = answers_of(cfg, cfg.baseline, 0, prompts, device, dtype)
     write_json(f"{cfg.out}/policy.json", policy)
+    baseline = answers_of(cfg, cfg.baseline, 0, prompts, device, dtype)
     write_json(f"{cfg.out}/baseline.json", baseline)
 
     # 3. the judge prefers one

@@ -391,7 +391,8 @@ def read_rows(source, limit=0):
     kind = name
     files = None
     if os.path.isfile(name):
-        kind = {".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix, "json")
+        ending = Path(name.removesuffix(".gz")).suffix
+        kind = {".csv": "csv", ".parquet": "parquet"}.get(ending, "json")
         files = glob.escape(name)            # datasets takes pairs[1].jsonl for a pattern
     # What looks like a file is not sought on the hub, where names are owner/name: ./x, x.json,
     # "my x", a/b/c
@@ -404,17 +405,21 @@ def read_rows(source, limit=0):
     return data.select(range(len(data))[:limit or None])
 
 
+# What an answer may depend on, or be part of it, beside the messages' texts: refused, not dropped
+CONTEXT_COLUMNS = ("system", "system_prompt", "input", "context", "history", "tools", "documents",
+                   "images")
+CONTEXT_KEYS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+
+
 def messages_of(value, role):
     """Text or a message list -> a message list."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     for message in value:
         assert isinstance(message["content"], str), "a message's content must be text"
-        assert not message.get("tool_calls"), "a message with tool calls"
+        lost = [name for name in CONTEXT_KEYS if message.get(name)]
+        assert not lost, f"a message's {lost} would be lost"
     return [{"role": message["role"], "content": message["content"]} for message in value]
-
-
-CONTEXT_COLUMNS = ("system", "system_prompt", "input", "context", "history")
 
 
 def conversation(row, side, where):
@@ -535,16 +540,16 @@ def encode_chats(tokenizer, stops, chats, max_tokens, max_prompt_tokens):
     prompt_texts = [render(tokenizer, prompt, add_generation_prompt=True) for prompt, *_ in chats]
     prompt_ids = tokenize(tokenizer, prompt_texts)
     cut_ids = cut_prompts(prompt_ids, max_prompt_tokens, "chats")
-    texts = []                                           # (number of the chat, conversation)
+    texts = []                               # (number of the chat, response, whole conversation)
     for i, (prompt, responses, _) in enumerate(chats):
         for response in responses:
             answer = {"role": "assistant", "content": response}
-            texts.append((i, render(tokenizer, [*prompt, answer])))
-    whole_ids = tokenize(tokenizer, [text for _, text in texts])
+            texts.append((i, response, render(tokenizer, [*prompt, answer])))
+    whole_ids = tokenize(tokenizer, [text for *_, text in texts])
     never = never_sampled(tokenizer, stops)
     rows = []
-    endless = 0
-    for (i, text), ids in zip(texts, whole_ids):
+    endless = cut = changed = 0
+    for (i, response, text), ids in zip(texts, whole_ids):
         p = prompt_ids[i]
         r = ids[len(p):]
         if not np.array_equal(ids[:len(p)], p):                  # a merge crosses the border
@@ -554,16 +559,21 @@ def encode_chats(tokenizer, stops, chats, max_tokens, max_prompt_tokens):
             r = r[:stop[0] + 1]
         else:
             endless += 1
-        _, responses, where = chats[i]
         # The first token that the policy never samples ("": there is none). A person may have typed
         # it; what the template puts into an answer is refused.
         unsampled = tokenizer.decode(r[np.isin(r, never)][:1])
-        by_template = unsampled not in "".join(responses)        # "" is in every text
+        by_template = unsampled not in response                  # "" is in every text
         if by_template or not text.startswith(prompt_texts[i]):
-            fail(f"{where}: the chat template does not continue its own generation prompt, or puts "
-                 f"into the answer what the policy never samples: {unsampled} (if it ends a turn: "
-                 "make it an eos_token_id in generation_config.json)")
-        rows.append((cut_ids[i], r[:max_tokens - len(cut_ids[i])]))
+            fail(f"{chats[i][2]}: the chat template does not continue its own generation prompt, or "
+                 f"puts into the answer what the policy never samples: {unsampled} (if it ends a "
+                 "turn: make it an eos_token_id in generation_config.json)")
+        room = max_tokens - len(cut_ids[i])
+        cut += len(r) > room
+        changed += response.strip() not in text                  # some drop what stands in <think>
+        rows.append((cut_ids[i], r[:room]))
+    if cut or changed:
+        say(f"chats: of {len(rows)} responses {cut} were cut, for prompt and response together are "
+            f"at most {max_tokens} tokens, and {changed} were changed by the chat template")
     if endless > len(rows) / 2:
         fail(f"{endless} of {len(rows)} responses hold no stop token: the template's end-of-turn "
              "token must be an eos_token_id of generation_config.json")

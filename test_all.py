@@ -294,7 +294,12 @@ def test_what_is_too_long_loses_the_prompts_oldest_and_the_responses_newest(fami
     assert [tokenizer.batch_decode(row) for row in rows] == [
         [prompt, "good<eos>"], [prompt, "good phone good phone good phone good ph"]]
     assert segment.response_mask(rows, stops, CPU)[1].tolist() == [True, False]      # finished?
-    assert "prompts were cut to 10" in capsys.readouterr().out
+    # as of a template that drops an answer's thoughts
+    tokenizer.chat_template = TURNS.replace("m.content", "m.content.split('</think>')[-1]")
+    encode_chats(tokenizer, stops, [(ASK, ["<think>well</think>yes", "no"], "")], 99, 90)
+    out = capsys.readouterr().out
+    assert "prompts were cut to 10" in out and "2 responses 1 were cut" in out
+    assert "1 were changed" in out
 
 
 def test_texts_of_segments_join_to_the_whole_and_answers_end_before_the_stop_token():
@@ -333,6 +338,7 @@ def test_csv_parquet_and_every_layout_of_jsonl_read_alike(tmp_path):
     write_rows(tmp_path / "pairs1.jsonl", PAIR, PAIR)    # pairs[1].jsonl is no pattern for it
     (tmp_path / "pairs.jsonl.gz").write_bytes(gzip.compress(json.dumps(PAIR).encode()))
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nis it good?,good.,angry.\n")
+    (tmp_path / "pairs.csv.gz").write_bytes(gzip.compress((tmp_path / "pairs.csv").read_bytes()))
     datasets.Dataset.from_list([PAIR]).to_parquet(tmp_path / "pairs.parquet")
     for path in map(str, tmp_path.glob("pairs[[.]*")):   # all but pairs1.jsonl
         assert load_pairs(path) == [(ASK, "good.", "angry.", f"{path} row 1")]
@@ -364,7 +370,8 @@ def test_pairs_of_equal_tokens_and_of_held_out_prompts_are_dropped_and_counted(c
 @pytest.mark.parametrize("row,words", [
     ({"chosen": "H: is it good?", "rejected": "b"}, "message lists"),
     (PAIR | {"rejected": ASK + [assistant(None)]}, "text"),
-    (PAIR | {"rejected": ASK + [GOOD[0] | {"tool_calls": [{"id": 1}]}]}, "tool calls"),
+    (PAIR | {"rejected": ASK + [GOOD[0] | {"tool_calls": [{"id": 1}]}]}, "tool_calls"),
+    (PAIR | {"chosen": ASK + [GOOD[0] | {"thinking": "is it?"}]}, "thinking"),
     (PAIR | {"prompt": "is it bad?"}, "other turns"),
     (TEXTS | {"input": "it broke."}, "lost"), (TEXTS | {"system": "be honest."}, "lost")])
 def test_a_row_that_would_lose_something_is_refused_by_its_number(tmp_path, capsys, row, words):
@@ -727,7 +734,11 @@ def test_a_rule_sees_the_prompt_and_the_texts_of_segments(here, granularity, par
     Path("rule.py").write_text("""import json
 def length(prompt, segments):
     print(json.dumps([prompt, segments]), file=open("calls", "a"))
-    return [len(text) for text in segments]""")
+    return [len(text) for text in segments]
+def one(prompt, segments):
+    return 1.0""")
+    with pytest.raises(RuntimeError):                    # one reward for several segments
+        go(train_ppo, "--reward_model rule.py:one --granularity token")
     go(train_ppo, f"--reward_model rule.py:length --granularity {granularity} --cutoff 1 "
        f"--max_steps 1 --max_new_tokens 16 --calibration_data {source}")
     calls = [*map(json.loads, open("calls"))]
@@ -875,7 +886,8 @@ def test_a_reply_is_read_as_B_or_not_at_all():
             1: r"B | b | **B** | (b) | B. | B is better | Output (b) | The better reply is B."
                r" | Reply A is short, but wrong.\nVerdict: B | <think>Is it A? No, A</think>\n\nB",
             None: r" | A or B | A\nB | B is not better | A is worse | It isn't A | Both are bad."
-                  r" | Neither A nor B is better | Reply B is better than reply A."}.items():
+                  r" | Neither A nor B is better | Reply B is better than reply A."
+                  r" | I prefer a\nshort reply."}.items():
         for text in replies.replace("\\n", "\n").split(" | "):
             for logprobs in (None, mock.Mock(content=None), bare):
                 choice = mock.Mock(logprobs=logprobs)
@@ -886,10 +898,11 @@ def test_a_reply_is_read_as_B_or_not_at_all():
 @pytest.fixture
 def server(monkeypatch):
     """Prefers the answer with more x; trouble(number of the request, body): status, body or None"""
-    plain = '{"choices": [{"message": {"role": "assistant", "content": "B"}}]}'
-    both = plain[:-3] + """, "logprobs": {"content": [{"token": "B", "top_logprobs": [
+    plain = r'{"choices": [{"message": {"role": "assistant", "content": "B\nIt has a reason."}}]}'
+    both = plain[:-3] + r""", "logprobs": {"content": [{"token": "B", "top_logprobs": [
         {"token": "A", "logprob": -1.38629436}, {"token": "B", "logprob": -0.69314718},
-        {"token": " B", "logprob": -0.69314718}]}]}}]}"""
+        {"token": " B", "logprob": -0.69314718}]}, {"token": "\nIt has", "top_logprobs": null},
+        {"token": " a", "top_logprobs": [{"token": " a", "logprob": 0}]}]}}]}"""
 
     class Endpoint(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -929,6 +942,10 @@ def test_endpoint_asks_both_orders_pays_nothing_twice_and_bears_refusals(here, c
         near(judge(server.flags), [1.8] * 29 + [1.5])
         assert len(server.keys) == 58 + 56
     assert "another judge" in refused(capsys, judge, server.flags + " --judge she")
+    # a question that a server refuses which has answered others
+    path.write_text(path.read_text().split("\n", 2)[2])
+    server.trouble = lambda n, body: (400, "{}")
+    assert judge(server.flags).count(None) == 1
     # one that refuses settings, and evades: no verdict, and the next run asks again
     path.unlink()
     for evasion, want in ((200, '{"choices": [{"message": {"content": "Hm."}}]}'), None), (None, 2):
@@ -941,7 +958,8 @@ def test_endpoint_asks_both_orders_pays_nothing_twice_and_bears_refusals(here, c
     (200, '{"error": {"message": "the quota is used up"}}', "the quota is used up"),
     (200, '{"choices": []}', "no choices")])
 def test_trouble_is_one_line_and_the_key_in_no_file(here, capsys, server, status, body, words):
-    server.trouble = lambda n, _: (status, body) if n > 8 else None
+    answered = 0 if status == 400 else 8                 # before the trouble begins
+    server.trouble = lambda n, _: (status, body) if n > answered else None
     message = refused(capsys, judge, server.flags)
     assert words in message and {*server.keys} == {"Bearer sk-secret"}
     server.trouble = lambda n, _: None                   # what was paid for is not asked again
@@ -968,7 +986,7 @@ def test_function_judge_and_what_files_must_hold(here, capsys):
     assert [*pandas.read_csv("two/leaderboard.csv").win_rate] == [100, 0]
 
 
-def test_reward_model_judge_and_answers_used_again(here):
+def test_reward_model_judge_and_answers_used_again(here, capsys):
     # scores are the mean of segments; a judge that names no model to cut them takes --baseline
     flags = "--judge rm --max_samples 6 --html --cutoff 1 --trained_granularity segment --model "
     rm = AutoModelForSequenceClassification.from_pretrained(SFT, num_labels=1)   # untrained
@@ -986,6 +1004,8 @@ def test_reward_model_judge_and_answers_used_again(here):
     go(E, flags + "out/policy.json --baseline out/baseline.json", "again")
     assert json.loads(Path("again/annotations.json").read_text()) == rows
     assert "segments_1" in Path("again/index.html").read_text()
+    refused(capsys, go, E, f"{flags} out/policy.json --baseline bad/no", "kept")
+    assert json.loads(Path("kept/policy.json").read_text())      # for another attempt
 
 
 def test_page_escapes_everything(here):
@@ -1016,8 +1036,6 @@ def test_the_main_job_reaches_what_it_must(main_job, runs):
     assert last["step"] == 30 and last["kl"] <= 18 and last["finished"] >= .97
     assert gold_at("out/ppo", 30) >= -.10
     assert pandas.read_csv("out/eval/leaderboard.csv").win_rate[0] >= 85
-    if os.path.exists("out/ppo-bandit/model"):
-        assert gold_at("out/ppo", 20) >= gold_at("out/ppo-bandit", 20) + .12
     # credit assignment alone: true values of clauses, where they are due or at the end
     assert gold_at(runs["segment"](), 16) >= gold_at(runs["bandit"](), 16) + .20
 

@@ -492,7 +492,8 @@ def main(cfg):
             # is what follows the last end.
             content = response[:-1] if response[-1] in stops else response
             segments = segment_texts(tokenizer, content, ends[b, :len(content)])
-            rewards[b, ends[b]] = torch.tensor(rule(text, segments)).float()
+            scores = torch.tensor(rule(text, segments)).float()
+            rewards[b, ends[b]] = scores.view(len(segments))     # neither more nor fewer
         return rewards, ends
 
     reference = load_model(cfg.model, LanguageModel, device, dtype)
