@@ -22,7 +22,7 @@ SEEDS=${SEEDS:-0 1 2}
 # each at the KL coefficient that should bring it to a similar KL
 METHODS=${METHODS:-segment:.03 token:.1 bandit:.01 oracle-segment:.03 oracle-bandit:.01}
 export RM="--lr 2e-4 --epochs 1 --batch_size 16"
-export PPO="--max_steps 20 --rollout_batch_size 32 --batch_size 8 --actor_lr 5e-5 --critic_lr 3e-4"
+export PPO="--max_steps 15 --rollout_batch_size 32 --batch_size 8 --actor_lr 5e-5 --critic_lr 3e-4"
 
 has_line() {      # NAME SEED
     grep -qF "\"name\": \"$1\", \"draw\": 0, \"seed\": $2," "$RESULTS"
