@@ -563,10 +563,11 @@ def encode_chats(tokenizer, stops, chats, max_tokens, max_prompt_tokens):
         # it; what the template puts into an answer is refused.
         unsampled = tokenizer.decode(r[np.isin(r, never)][:1])
         by_template = unsampled not in response                  # "" is in every text
+        *_, where = chats[i]
         if by_template or not text.startswith(prompt_texts[i]):
-            fail(f"{chats[i][2]}: the chat template does not continue its own generation prompt, or "
-                 f"puts into the answer what the policy never samples: {unsampled} (if it ends a "
-                 "turn: make it an eos_token_id in generation_config.json)")
+            fail(f"{where}: the chat template does not continue its own generation prompt, or puts "
+                 f"into the answer what the policy never samples: {unsampled} (if it ends a turn: "
+                 "make it an eos_token_id in generation_config.json)")
         room = max_tokens - len(cut_ids[i])
         cut += len(r) > room
         changed += response.strip() not in text                  # some drop what stands in <think>
