@@ -20,7 +20,7 @@ export WORLD_FLAGS=${WORLD_FLAGS:-} RM_FLAGS=${RM_FLAGS:-} PPO_FLAGS=${PPO_FLAGS
 export DTYPE=${DTYPE:-bf16} OMP_NUM_THREADS=1
 SEEDS=${SEEDS:-0 1 2}
 # each at the KL coefficient that should bring it to a similar KL
-METHODS=${METHODS:-segment:.03 token:.1 bandit:.01 oracle-segment:.03 oracle-bandit:.01}
+METHODS=${METHODS:-segment:.03 token:.1 bandit:.03 oracle-segment:.03 oracle-bandit:.01}
 export RM="--lr 2e-4 --epochs 1 --batch_size 16"
 export PPO="--max_steps 15 --rollout_batch_size 32 --batch_size 8 --actor_lr 5e-5 --critic_lr 3e-4"
 
