@@ -319,9 +319,6 @@ def test_tokens_without_embeddings_are_refused_if_they_can_occur(tmp_path, capsy
     tokenizer.add_tokens(["<picture>"], special_tokens=True)             # as in Gemma 3
     tokenizer.save_pretrained(tiny_model(tmp_path, "llama", 262))
     assert len(load_tokenizer(str(tmp_path))[0]) == 263
-    # and embeddings without tokens are never sampled
-    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 4})))
-    assert train_ppo.banned_tokens(words, torch.tensor([4]), 6).tolist() == [0, 1, 1, 1, 0, 1]
 
 
 # -- 4. Data ---------------------------------------------------------------------------------------
@@ -352,14 +349,11 @@ def test_a_prompt_that_its_answers_repeat_stands_once(tmp_path):
     assert pair == [prompt, "good.", "angry."]
 
 
-def test_slices_name_parts_and_pairs_that_teach_nothing_are_counted(tmp_path, capsys):
+def test_slices_name_parts_and_pairs_that_are_dropped_are_counted(tmp_path, capsys):
     path = write_rows(tmp_path / "odd.jsonl", PAIR, PAIR | {"rejected": PAIR["chosen"]},
                       TEXTS | {"chosen": " \n"}, PAIR | {"chosen": TALK + GOOD})
     assert load_prompts(f"{path}:train[75%:]") == [TALK]
     assert len(load_pairs(path)) == 1 and "dropped 3" in capsys.readouterr().out
-
-
-def test_pairs_of_equal_tokens_and_of_held_out_prompts_are_dropped_and_counted(capsys):
     pairs = [(TALK, "fly", "fish", ""), (ASK, "fish ", "fish", ""), (ASK, "fly", "fish", "")]
     known = load_tokenizer(SFT)
     held_out = train_rm.encode_pairs(*known, pairs[2:], train_rm.Config())
@@ -958,8 +952,7 @@ def test_endpoint_asks_both_orders_pays_nothing_twice_and_bears_refusals(here, c
     (200, '{"error": {"message": "the quota is used up"}}', "the quota is used up"),
     (200, '{"choices": []}', "no choices")])
 def test_trouble_is_one_line_and_the_key_in_no_file(here, capsys, server, status, body, words):
-    answered = 0 if status == 400 else 8                 # before the trouble begins
-    server.trouble = lambda n, _: (status, body) if n > answered else None
+    server.trouble = lambda n, _: (status, body) if n > 8 or status == 400 else None
     message = refused(capsys, judge, server.flags)
     assert words in message and {*server.keys} == {"Bearer sk-secret"}
     server.trouble = lambda n, _: None                   # what was paid for is not asked again
@@ -1006,17 +999,6 @@ def test_reward_model_judge_and_answers_used_again(here, capsys):
     assert "segments_1" in Path("again/index.html").read_text()
     refused(capsys, go, E, f"{flags} out/policy.json --baseline bad/no", "kept")
     assert json.loads(Path("kept/policy.json").read_text())      # for another attempt
-
-
-def test_page_escapes_everything(here):
-    evil = "<script>alert('1')</script>&\"></style><img src=x onerror=a>{{data}}"
-    row = dict.fromkeys(("instruction", "output_1", "output_2", "generator_1", "generator_2"), evil)
-    write_rows(Path("rows.jsonl"), row | {"preference": 1.5})
-    go(E, "--annotations rows.jsonl --html")
-    page = Path("out/index.html").read_text()
-    nonce, data = re.search("'nonce-(.+?)'.*?id=\"data\">(.*?)</script>", page, re.S).groups()
-    assert json.dumps(json.loads(data)).count(json.dumps(evil)) >= 5 and "src 'none'" in page
-    assert (page.count(nonce), page.count("<script"), page.count("<img")) == (4, 2, 0)
 
 
 # -- 12. The main job: what the README's first command must reach ----------------------------------
