@@ -319,7 +319,7 @@ def read_verdict(reply):
     place = len(content) - len(text) + verdicts[0].start(1)
     for token in choice.logprobs and choice.logprobs.content or []:
         place -= len(token.token)
-        if place < 0 and token.token.strip().upper() == letter:
+        if place < 0 and token.token.strip().upper() == letter:      # the verdict's, no later "a"
             for other in token.top_logprobs or []:
                 name = other.token.strip().upper()       # "A" and " A" are two tokens
                 p[name] = p.get(name, 0) + math.exp(other.logprob)

@@ -297,9 +297,8 @@ def test_what_is_too_long_loses_the_prompts_oldest_and_the_responses_newest(fami
     # as of a template that drops an answer's thoughts
     tokenizer.chat_template = TURNS.replace("m.content", "m.content.split('</think>')[-1]")
     encode_chats(tokenizer, stops, [(ASK, ["<think>well</think>yes", "no"], "")], 99, 90)
-    out = capsys.readouterr().out
-    assert "prompts were cut to 10" in out and "2 responses 1 were cut" in out
-    assert "1 were changed" in out
+    words = "(?s)prompts were cut to 10.*2 responses 1 were cut.*0 were cut.*1 were changed"
+    assert re.search(words, capsys.readouterr().out)
 
 
 def test_texts_of_segments_join_to_the_whole_and_answers_end_before_the_stop_token():
@@ -312,13 +311,9 @@ def test_texts_of_segments_join_to_the_whole_and_answers_end_before_the_stop_tok
     assert segment.answer_text(tokenizer, torch.tensor([2, ids[-1]]), ids) == "Great 🎉 你好"
 
 
-def test_tokens_without_embeddings_are_refused_if_they_can_occur(tmp_path, capsys):
-    tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained(tiny_model(tmp_path, "llama", 261))
+def test_more_tokens_than_embeddings_are_refused(tmp_path, capsys):
+    byte_tokenizer().save_pretrained(tiny_model(tmp_path, "llama", 261))
     assert "embeddings" in refused(capsys, load_tokenizer, str(tmp_path))
-    tokenizer.add_tokens(["<picture>"], special_tokens=True)             # as in Gemma 3
-    tokenizer.save_pretrained(tiny_model(tmp_path, "llama", 262))
-    assert len(load_tokenizer(str(tmp_path))[0]) == 263
 
 
 # -- 4. Data ---------------------------------------------------------------------------------------
@@ -936,10 +931,9 @@ def test_endpoint_asks_both_orders_pays_nothing_twice_and_bears_refusals(here, c
         near(judge(server.flags), [1.8] * 29 + [1.5])
         assert len(server.keys) == 58 + 56
     assert "another judge" in refused(capsys, judge, server.flags + " --judge she")
-    # a question that a server refuses which has answered others
     path.write_text(path.read_text().split("\n", 2)[2])
     server.trouble = lambda n, body: (400, "{}")
-    assert judge(server.flags).count(None) == 1
+    assert judge(server.flags).count(None) == 1          # the question that it alone refuses
     # one that refuses settings, and evades: no verdict, and the next run asks again
     path.unlink()
     for evasion, want in ((200, '{"choices": [{"message": {"content": "Hm."}}]}'), None), (None, 2):
@@ -973,10 +967,14 @@ def test_function_judge_and_what_files_must_hold(here, capsys):
     for row in {"preference": 3, "len_1": 1, "len_2": 1}, {"preference": 2, "len_1": 1}:
         write_rows(Path("wrong.jsonl"), row)
         assert "wrong" in refused(capsys, go, E, "--annotations wrong.jsonl")
-    write_rows(Path("two.jsonl"), *[{"generator_2": name, "preference": p, "len_1": 1, "len_2": 1}
-                                    for name, p in [("a", 2), ("a", 2), ("b", 1), ("b", 1)]])
-    go(E, "--annotations two.jsonl", "two")              # of two policies: two rows
+    evil = "<script>alert(1)</script></style><img src=x onerror=a>"
+    write_rows(Path("two.jsonl"), *[
+        {"generator_2": name + evil, "preference": p, "output_1": evil, "output_2": evil}
+        for name, p in [("a", 2), ("a", 2), ("b", 1), ("b", 1)]])
+    go(E, "--annotations two.jsonl --html", "two")       # of two policies: two rows
     assert [*pandas.read_csv("two/leaderboard.csv").win_rate] == [100, 0]
+    page = Path("two/index.html").read_text()            # and nothing in them becomes code
+    assert (page.count("<script"), page.count("<img")) == (2, 0) and "src 'none'" in page
 
 
 def test_reward_model_judge_and_answers_used_again(here, capsys):
@@ -1018,6 +1016,8 @@ def test_the_main_job_reaches_what_it_must(main_job, runs):
     assert last["step"] == 30 and last["kl"] <= 18 and last["finished"] >= .97
     assert gold_at("out/ppo", 30) >= -.10
     assert pandas.read_csv("out/eval/leaderboard.csv").win_rate[0] >= 85
+    if os.path.exists("out/ppo-bandit/model"):
+        assert gold_at("out/ppo", 20) >= gold_at("out/ppo-bandit", 20) + .12
     # credit assignment alone: true values of clauses, where they are due or at the end
     assert gold_at(runs["segment"](), 16) >= gold_at(runs["bandit"](), 16) + .20
 
