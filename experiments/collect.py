@@ -71,6 +71,19 @@ def against_truth(run, config):
     return {"correlation": round(float(correlation), 4), "f1": f1, "by_value": by_value}
 
 
+def correlate(of, x, y):
+    """The correlation of (N,) x and y, and its standard error: a bootstrap over pairs, for segments
+    of a response, and responses to a prompt, have much in common. of: (N,), each one's response"""
+    rng = np.random.default_rng(0)
+    pair = of // 2
+    n = pair.max() + 1
+    values = []
+    for times in [np.ones(n, int), *rng.multinomial(n, np.ones(n) / n, 1000)]:
+        covariance = np.cov(x, y, fweights=times[pair])                                  # (2, 2)
+        values.append(covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1]))
+    return values[0], np.std(values[1:])
+
+
 def against_sentences(run, config):
     """The same in the world of sentiment.py: does the scalar at a segment's end know the compound
     of the sentence that the segment ends in? Every model is read at the same places, the ends at
@@ -96,8 +109,11 @@ def against_sentences(run, config):
     for x in both:
         means = np.bincount(of, x) / np.bincount(of).clip(1)                             # (2n,)
         within.append(x - means[of])                                                     # (N,)
-    return {"held_out": len(chats), "correlation": round(np.corrcoef(*both)[0, 1], 4),
-            "within": round(np.corrcoef(*within)[0, 1], 4)}
+    line = {"held_out": len(chats)}
+    for name, pair in (("correlation", both), ("within", within)):
+        value, error = correlate(of, *pair)
+        line |= {name: round(value, 4), f"{name}_error": round(error, 4)}
+    return line
 
 
 def describe(texts):

@@ -2,20 +2,24 @@
 
     python experiments/sentiment_figures.py [RESULTS.jsonl]      # and beside it sentiment.png
 
-"Final" is the mean over the last 5 iterations, on the prompts that PPO trains on; test prompts are
-about other subjects. ± is the standard deviation over PPO seeds, which share one reward model; of a
-reward model's accuracy it is the standard error over held-out pairs.
+"Final" is the mean over the last 5 iterations, on the prompts that PPO trains on; "gold at KL 5" is
+read where a run's curve, means of 3 iterations, first comes to that KL. Test prompts are about
+other subjects. ± is the standard deviation over PPO seeds, which share one reward model; of a reward
+model's figures it is the standard error over held-out pairs.
 """
 import json
 import os
 import sys
 from collections import defaultdict
 
+import numpy as np
+
 from figures import (COLORS, FINAL, FINAL_KL, FIRST, HERE, ORACLES, cell, difference, mean_of,
                      smooth, table)
 
 # of answers to the test prompts; the last two show over-optimisation
 SIGNS = {"gold": "+.2f", "positive": ".3f", "distinct": ".3f"}
+KLS = (5, 10)
 
 
 def read_results(path):
@@ -35,32 +39,51 @@ def measured(lines, key, *where):
     return {seed: mean_of(line, key, *where) for seed, line in lines.items()}
 
 
+def gold_at(lines, level):
+    """{seed: gold where KL first comes to this level}, of the seeds that get there"""
+    golds = {}
+    for seed, line in lines.items():
+        kl, gold = smooth(line, "kl"), smooth(line, "gold")
+        i = np.argmax(kl >= level)
+        if i > 0:
+            golds[seed] = np.interp(level, kl[i - 1:i + 1], gold[i - 1:i + 1])
+    return golds
+
+
 def policy_table(policies):
     """"ahead": of the bandit reward of its kind, learned or true, seed by seed."""
     rows = []
     for name, lines in policies.items():
         if not rows:                                     # all have the same baseline
             line = next(iter(lines.values()))
-            rows.append(["SFT model"] + 5 * [""] + [str(line["before"][key]) for key in SIGNS])
+            first = {}
+            for every in policies.values():
+                first |= measured(every, *FIRST)
+            rows.append(["SFT model", "", cell(first), "", "0", *len(KLS) * [""]])
+            rows[0] += [str(line["before"][key]) for key in SIGNS]
         final = measured(lines, *FINAL)
         oracle = name.startswith("oracle-") * "oracle-"
         rivals = [other for other in policies if other.startswith(f"{oracle}bandit-")]
         ahead = [cell(difference(final, measured(policies[rival], *FINAL)))
                  for rival in rivals if rival != name]
-        row = [name, str(len(lines)), cell(measured(lines, *FIRST)), cell(final), ", ".join(ahead),
+        row = [name, str(len(lines)), cell(final), ", ".join(ahead),
                cell(measured(lines, *FINAL_KL), ".1f")]
+        row += [cell(gold_at(lines, level)) for level in KLS]
         for key, form in SIGNS.items():
             row.append(cell({seed: line["after"][key] for seed, line in lines.items()}, form))
         rows.append(row)
-    table(["reward, KL coefficient", "seeds", "gold, first iteration", "final", "ahead of bandit",
-           "final KL", "gold, test prompts", "praising words", "word pairs that are new"], rows)
+    table(["reward, KL coefficient", "seeds", "final gold", "ahead of bandit", "final KL",
+           *[f"gold at KL {level}" for level in KLS],
+           "gold, test prompts", "praising words", "word pairs that are new"], rows)
 
 
 def reward_model_table(reward_models):
     rows = []
     for name, line in reward_models.items():
-        rows.append([name, f"{line['accuracy']:.3f} ± {line['accuracy_error']:.3f}",
-                     f"{line['correlation']:.2f}", f"{line['within']:.2f}"])
+        figures = []
+        for key in ("accuracy", "correlation", "within"):
+            figures.append(f"{line[key]:.3f} ± {line[key + '_error']:.3f}")
+        rows.append([name, *figures])
     table(["reward model", "held-out accuracy", "correlation of segment ends with their sentence",
            "within a response"], rows)
 
