@@ -3,7 +3,8 @@
     python evaluate.py                                      # the embedded world: PPO against SFT
     python evaluate.py --judge out/rm/model --html --out out/eval-rm     # a page with the pairs
     torchrun --nproc_per_node=8 evaluate.py --model out/ppo/model --baseline SFT \\
-        --data prompts.jsonl --judge gpt-4.1 --api_base https://api.openai.com/v1
+        --data prompts.jsonl --judge gpt-4.1 --api_base https://api.openai.com/v1 \\
+        --max_prompt_tokens 1024 --max_new_tokens 1024
     python evaluate.py --annotations FILES --difficulty FILE --gamed FILE    # figures alone
 
 Both answer the same prompts, a judge prefers one answer of each pair, the preferences become a win
@@ -55,7 +56,7 @@ class Config:
     gamed: List[str] = field(default_factory=list)  # annotations of length-gamed baselines
     # sampling
     temperature: float = 1.0                   # 1: what PPO trained; 0: greedy
-    max_prompt_tokens: int = 128               # longer prompts lose their oldest (paper: 1024)
+    max_prompt_tokens: int = 128               # longer ones lose what follows BOS (paper: 1024)
     max_new_tokens: int = 128                  # of a response (paper: 1024)
     max_samples: int = 0                       # read at most this many prompts (0: all)
     seed: int = 0                              # of the samples
@@ -140,8 +141,8 @@ def length_controlled_win_rate(preferences, len_baseline, len_model, difficulty=
     """The win rate at equal length by logistic regression, its standard error by bootstrap, in %.
     preferences: in [1, 2], (n,); lengths in characters, (n,); difficulty: (n,); gamed:
     [(preferences, len_baseline, len_model, difficulty)], one for each variant. With difficulty and
-    gamed it is AlpacaEval 2's official figure. The raw win rate where lengths do not vary or all
-    outcomes are the same; NaN where length separates the outcomes perfectly."""
+    gamed it is AlpacaEval 2's official figure. The raw win rate where the difference in length does
+    not vary or all outcomes are the same; NaN where length separates the outcomes perfectly."""
     y, x = design(preferences, len_baseline, len_model, difficulty, constant=1.0)
     m = len(y)
     if not x[:, 0].any() or np.ptp(y) == 0:
@@ -156,12 +157,12 @@ def length_controlled_win_rate(preferences, len_baseline, len_model, difficulty=
 
     figures = []
     random = np.random.default_rng(0)
-    pairs = np.arange(m)                     # round 0: the pairs as they are; then 500 resamples
+    drawn = np.arange(m)                     # round 0: the pairs as they are; then 500 resamples
     for _ in range(501):
-        rows = np.append(pairs, np.arange(m, len(y)))                                    # (M,)
-        w = logistic_fit(x[rows], y[rows], weight)
-        figures.append(100 * sigmoid(x[pairs, 1:] @ w[1:]).mean())                       # at t = 0
-        pairs = random.integers(0, m, m)
+        used = np.append(drawn, np.arange(m, len(y)))                                    # (M,)
+        w = logistic_fit(x[used], y[used], weight)
+        figures.append(100 * sigmoid(x[drawn, 1:] @ w[1:]).mean())                       # at t = 0
+        drawn = random.integers(0, m, m)
     error = math.nan
     if not math.isnan(figures[0]):
         error = np.nanstd(figures[1:], ddof=1)           # without resamples that are separated
@@ -202,6 +203,7 @@ def judge_by_reward_model(cfg, prompts, baseline, policy, device, dtype):
         # a released one does not say: then the baseline is taken for its SFT model
         segment_model = getattr(model.hf.config, "segment_model", cfg.baseline)
         check_tokens(tokenizer, segment_model)
+        say(f"the entropies of {segment_model} cut the segments")
         sft = load_model(segment_model, LanguageModel, device, dtype)
         _, entropy = map_rows(sft, rows, cfg.micro_batch_size, device)                   # (2n, R)
     ends = cut_rows(rows, entropy, tokenizer, stops, cutoff, granularity)                # (2n, R)
@@ -454,7 +456,7 @@ def main(cfg):
     else:
         judge = judge_by_reward_model
         _, cutoff = trained_how(cfg, cfg.judge)
-        assert cfg.cutoff in (None, cutoff), "--cutoff: this judge says its own"
+        assert cfg.cutoff in (None, cutoff), f"--cutoff: {cfg.judge} was trained at {cutoff}"
         check_context(cfg.judge, context_of(cfg.judge), cfg.max_prompt_tokens)
     kept = Path(cfg.out, "annotations.json")
     if kept.exists() and json.loads(kept.read_text())[0]["annotator"] != cfg.judge:

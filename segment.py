@@ -10,8 +10,9 @@ starts it is wide open. So the entropy of the SFT model's next token marks where
 
 Legend of all four chapters: B rows in a batch, P tokens of a row's prompt, R response tokens of the
 longest row, T tokens of the longest sequence, V vocabulary, d hidden size, N any number of tokens;
-small b, r, n in a shape: of a part of them. Sequences are [prompt | response | padding], and (B, R)
-tensors hold one number for each response token. Response token r = 0 ... R-1 is at position P + r:
+small b, r, n: the same of a part, a micro-batch say. Sequences are [prompt | response | padding],
+and (B, R) tensors hold one number for each response token. Response token r = 0 ... R-1 is at
+position P + r:
     at P + r      its segment end, its scalar reward and the entropy *after* it are read,
     at P + r - 1  its log-probability and its critic value: there the model decided on it.
 
@@ -53,7 +54,7 @@ class Config:
     cutoff: float = 1.0                        # nats (paper: Phi-3 1.75, Llama-3 2.0)
     max_samples: int = 200                     # read this many pairs
     max_tokens: int = 256                      # prompt + response (paper: 2048)
-    max_prompt_tokens: int = 128               # longer prompts lose their oldest (paper: 1728)
+    max_prompt_tokens: int = 128               # longer ones lose what follows BOS (paper: 1728)
     micro_batch_size: int = 8                  # rows in one forward pass of one GPU
     dtype: Dtype = "auto"                      # to compute in: bf16 on CUDA, fp32 on CPU
 
@@ -141,8 +142,9 @@ class LanguageModel(nn.Module):
         """ids: (B, T) right-padded; lens: (B,) arrays, as `pad` makes them. Returns log-probs and
         entropies, (2, B, R), 0 on padding. No attention mask: no token looks to its right."""
         hidden = self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state    # (B, T, d)
-        # Each row is read from position P - 1 to P + R - 1. All but the last give the log-prob of
-        # the token that follows (the last has none), all but the first the entropy after a token.
+        # A row of P + R tokens is read from position P - 1 to P + R - 1. All but the last give the
+        # log-prob of the token that follows (the last has none), all but the first the entropy
+        # after a response token.
         starts = prompt_lens - 1                                                         # (B,)
         lens = response_lens + 1                                                         # (B,)
         states = torch.cat(parts_of(hidden, starts, lens))                               # (N, d)
@@ -246,8 +248,8 @@ def say(*args, file=None):
 
 
 def set_precision(name, device):
-    """--dtype -> the torch dtype to compute in. With bf16 the fp32 logits may use TF32: it keeps 10
-    bits of a number, bf16 has 8, so nothing is lost."""
+    """--dtype -> the torch dtype to compute in. With bf16 the fp32 logits may use TF32: it keeps 11
+    significant bits of a number, bf16 has 8, so nothing is lost."""
     bf16 = name == "bf16" or name == "auto" and device.type == "cuda"
     torch.backends.cuda.matmul.allow_tf32 = bf16
     return torch.bfloat16 if bf16 else torch.float32
@@ -347,7 +349,9 @@ def response_mask(rows, stops, device):
 def cut_rows(rows, entropy, tokenizer, stops, cutoff, granularity):
     """The segment ends of rows, bool (B, R): the one place where trainers, judges and this script
     cut. To cut in another way, by the tokens' texts say, add a branch here (so it is given the
-    tokenizer) and a word to Granularity."""
+    tokenizer) and a word to Granularity. If it needs entropies and a cutoff, see where
+    `granularity == "segment"` asks for them: for the other words entropies are 0 in chapters 2, 4.
+    """
     mask, finished = response_mask(rows, stops, entropy.device)                # (B, R), (B,)
     return segment_ends(entropy, mask, finished, cutoff, granularity)
 
@@ -405,7 +409,7 @@ def read_rows(source, limit=0):
     return data.select(range(len(data))[:limit or None])
 
 
-# What an answer may depend on, or be part of it, beside the messages' texts: refused, not dropped
+# What an answer may depend on, or contain, besides the messages' texts: refused, not dropped
 CONTEXT_COLUMNS = ("system", "system_prompt", "input", "context", "history", "tools", "documents",
                    "images")
 CONTEXT_KEYS = ("tool_calls", "reasoning_content", "reasoning", "thinking")

@@ -17,8 +17,8 @@ over the segment's tokens. One iteration of PPO (section 2.4):
 What differs from the authors' code: the normaliser is fitted when training starts, not looked up by
 a name, and can't turn negative; every random draw is a function of (seed, iteration, row), so that
 a run that was killed goes on as if nothing had been, on any number of GPUs; masks come from
-lengths; the critic's head starts at zero. Beside sizes and rates, two defaults change the method:
---reward_scale total and --missing_eos_reward -3 (the paper: none and 0).
+lengths; the critic's head starts at zero. Besides sizes, rates and the KL coefficient two defaults
+are not the paper's: --reward_scale total and --missing_eos_reward -3 (the paper: none and 0).
 """
 import inspect
 import os
@@ -58,15 +58,17 @@ class Config:
     # the reward
     granularity: Optional[Granularity] = None  # PPO's; default: the reward model's
     trained_granularity: Optional[Granularity] = None  # of a released reward model
-    cutoff: Optional[float] = None             # PPO's, nats; default: the reward model's own. For a
-    #                                            released one, which names none, it is both
-    calibration_data: str = ""                 # preferences; default: what train_rm.py held out
-    fit: str = ""                              # 'w_mean w_std b_mean b_std', instead of calibrating
+    cutoff: Optional[float] = None             # PPO's, nats; default: the reward model's own. A
+    #                                            released one names none: then this is its own, too
+    calibration_data: str = ""                 # preferences, of which the first 2,000 are read;
+    #                                            default: what train_rm.py held out
+    fit: str = ""                              # 'w_mean w_std b_mean b_std', not calibrated; S = 1
     # location: a mean and deviation at each p; global: one of each, over all segments; last: over
     # last segments; none: 0 and 1
     normalizer: Literal["location", "global", "last", "none"] = "location"
-    interpolation: Literal["even", "repeat", "end"] = "even"  # of a segment's reward
-    reward_scale: Literal["total", "none"] = "total"  # divide by S (paper: none)
+    # how a segment's reward is spread over its tokens; a bandit's is at the end
+    interpolation: Literal["even", "repeat", "end"] = "even"
+    reward_scale: Literal["total", "none"] = "total"  # divide by S of `calibrate` (paper: none)
     kl_coef: float = 0.03                      # price of a nat away from the SFT model (paper: .01)
     missing_eos_reward: float = -3.0           # at the end of an unfinished response (paper: 0)
     divide_by_length: bool = False             # of the response (paper: for Llama-3-SFT's tokens)
@@ -74,7 +76,7 @@ class Config:
     # sampling
     rollout_batch_size: int = 64               # responses an iteration, over all GPUs (paper: 1024)
     generation_batch_size: int = 128           # responses decoded at once on one GPU
-    max_prompt_tokens: int = 128               # longer prompts lose their oldest (paper: 1024)
+    max_prompt_tokens: int = 128               # longer ones lose what follows BOS (paper: 1024)
     max_new_tokens: int = 128                  # of a response (paper: 1024)
     # optimisation
     max_steps: int = 30                        # iterations; 0: passes over the prompts (paper: 0)
@@ -102,8 +104,8 @@ class Config:
 @dataclass
 class Normalizer:
     """mean(p) = w_mean log p + b_mean, std(p) = w_std log p + b_std (section 2.3). A line goes
-    negative at small p: so p is clamped to what was calibrated, and std to at least a tenth of its
-    value at p = 1."""
+    negative at small p: so p is clamped to what was calibrated (with --fit: to .001 and more), and
+    std to at least a tenth of its value at p = 1."""
     w_mean: float = 0.0
     w_std: float = 0.0
     b_mean: float = 0.0
@@ -303,7 +305,7 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
     logprobs = torch.zeros(len(ids), max_new_tokens, device=device)                      # (B, M)
     active = torch.arange(len(ids), device=device)       # (b,) rows that are still sampled
     cache = DynamicCache(config=hf.config)
-    no_window = hf.config._attn_implementation == "sdpa" and not any(cache.is_sliding)
+    plain_mask = hf.config._attn_implementation == "sdpa" and not any(cache.is_sliding)
     for r in range(max_new_tokens):
         if r % 16 == 0:          # the CPU looks, once in a while: who is finished leaves
             stopped = torch.isin(ids[active, width:width + r], stops).any(1)             # (b,)
@@ -319,7 +321,7 @@ def generate(hf, prompts, stops, max_new_tokens, seeds, temperature=1.0, banned=
                 draws.exponential_(generator=generators[b])
         new = slice(cache.get_seq_length(), width + r)   # the prompts, later the token sampled last
         mask = position[active, :width + r] >= 0                                 # (b, width+r)
-        if r > 0 and no_window:
+        if r > 0 and plain_mask:
             # One query a row sees all that is not padding. transformers takes a 4-D mask as it is;
             # into a 2-D one it would look, and the CPU would wait for the GPU.
             mask = mask[:, None, None]                                       # (b, 1, 1, width+r)
@@ -413,7 +415,7 @@ def check_tokens(mine, path):
     may_miss -= ids.keys() & their_ids.keys()
     differ = {token for token, _ in ids.items() ^ their_ids.items()} - may_miss
     if differ:
-        fail(f"{path}: its tokens are not those that it shall read, {min(differ)} for one")
+        fail(f"{path}: its tokens differ from those that it is to read: {min(differ)} for one")
 
 
 def trained_how(cfg, path):
@@ -475,7 +477,7 @@ def main(cfg):
         fail("--cutoff: nats, above which a segment ends; segment.py helps to choose")
     interpolation = "end" if granularity == "bandit" else cfg.interpolation
 
-    def rewards_at_ends(rows, texts, sft_entropy, batches=None):
+    def score_rows(rows, texts, sft_entropy, batches=None):
         """rows: B (prompt ids, response ids); texts: their prompts, for rules. Returns rewards and
         segment ends, (B, R) each."""
         ends = cut_rows(rows, sft_entropy, tokenizer, stops, cutoff, granularity)        # (B, R)
@@ -488,8 +490,8 @@ def main(cfg):
             return rewards * ends, ends
         rewards = torch.zeros(ends.shape)                                                # (B, R)
         for b, (text, (_, response)) in enumerate(zip(texts, rows)):
-            # As many texts as ends: a bandit's one end, at the stop token, goes, and then its text
-            # is what follows the last end.
+            # A rule gets as many texts as there are ends. A finished bandit's one end, at the stop
+            # token, is cut off here; then its text is what follows the last end: everything.
             content = response[:-1] if response[-1] in stops else response
             segments = segment_texts(tokenizer, content, ends[b, :len(content)])
             scores = torch.tensor(rule(text, segments)).float()
@@ -512,7 +514,7 @@ def main(cfg):
         texts = [prompt_text(prompt) for prompt, answers, _ in chats for _ in answers]   # 2m
         mask, _ = response_mask(rows, stops, "cpu")                                      # (2m, R)
         _, sft_entropy = map_rows(reference, rows, size, device)                         # (2m, R)
-        rewards, ends = rewards_at_ends(rows, texts, sft_entropy)                        # (2m, R)
+        rewards, ends = score_rows(rows, texts, sft_entropy)                        # (2m, R)
         try:
             normalizer, scale = calibrate(rewards, ends, mask, cfg.normalizer, interpolation)
         except ValueError as error:
@@ -566,7 +568,7 @@ def main(cfg):
         logprobs, policy_entropy = map_rows(actor, rows, size, device, batches)
         ref_logprobs, sft_entropy = map_rows(reference, rows, size, device, batches)
         values = map_rows(critic, rows, size, device, batches)
-        rewards, ends = rewards_at_ends(rows, texts, sft_entropy, batches)
+        rewards, ends = score_rows(rows, texts, sft_entropy, batches)
 
         # 3. advantages: how much better was each token than the critic expected? ------------------
         dense = dense_rewards(cfg, rewards, ends, mask, finished, normalizer, interpolation, scale)

@@ -51,7 +51,7 @@ class Config:
     cutoff: float = 1.0                        # nats; segment.py helps (paper: Llama-3 2.0)
     max_samples: int = 0                       # read at most this many pairs (0: all)
     max_tokens: int = 256                      # prompt + response (paper: 2048)
-    max_prompt_tokens: int = 128               # longer prompts lose their oldest (paper: 1728)
+    max_prompt_tokens: int = 128               # longer ones lose what follows BOS (paper: 1728)
     # optimisation
     batch_size: int = 32                       # pairs a step, over all GPUs (paper: 128)
     epochs: int = 2                            # over the pairs (paper: 1)
@@ -190,7 +190,7 @@ def training_state(model, optimizer):
 def begin_run(cfg, model, optimizer, **notes):
     """Called when every input could be read. Makes OUT, writes OUT/config.json, with notes, and
     goes on from the newest checkpoint. Returns the step to start from and OUT/metrics.jsonl, open
-    (None but on rank 0). What the log says of later steps is cut off: it will come again."""
+    on rank 0 (else None). What the log says of later steps is cut off: it will come again."""
     out = Path(cfg.out)
     log = None
     # a checkpoint's .metadata is written last: without it a kill came before the end
@@ -257,7 +257,7 @@ def export(model, tokenizer, folder, dtype):
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(hf, options=options)
     if rank() == 0:
-        # of tied weights (embedding and head) one is stored, under the name that the config tells
+        # of tied weights (embedding and head) only the one is stored that the others are tied to
         weights = {name: w.to(dtype) for name, w in weights.items()
                    if name not in hf.all_tied_weights_keys}
         hf.save_pretrained(tmp, state_dict=weights)
@@ -348,8 +348,8 @@ def main(cfg):
     if len(eval_rows) < 200:
         say("warning: so few held-out pairs say little, and PPO calibrates on them")
 
-    # the reward model, and the frozen SFT model whose entropies cut the segments
-    # whose head begins with a standard deviation of 1/(d+1), as the authors have it
+    # the reward model, whose head begins with a standard deviation of 1/(d+1), as the authors have
+    # it, and the frozen SFT model, whose entropies cut the segments
     head_std = 1 / (read_config(cfg.model).get_text_config().hidden_size + 1)
     model = load_model(cfg.model, ScalarModel, device, dtype, train=True,
                        grad_checkpoint=cfg.grad_checkpoint, head_std=head_std)
@@ -371,11 +371,11 @@ def main(cfg):
         for micro in micro_batches(longer, max(1, cfg.micro_batch_size // 2)):
             mb = [rows[2 * i + side] for i in minibatch[micro] for side in (0, 1)]       # 2b rows
             batch = pad(mb, device)
-            scalars = model(*batch)                                                      # (2b, R)
-            entropy = torch.zeros_like(scalars)                                          # (2b, R)
+            scalars = model(*batch)                                                      # (2b, r)
+            entropy = torch.zeros_like(scalars)                                          # (2b, r)
             if cfg.granularity == "segment":
                 _, entropy = sft(*batch)
-            ends = cut_rows(mb, entropy, tokenizer, stops, cfg.cutoff, cfg.granularity)  # (2b, R)
+            ends = cut_rows(mb, entropy, tokenizer, stops, cfg.cutoff, cfg.granularity)  # (2b, r)
             chosen, rejected = sequence_score(scalars, ends).view(-1, 2).T               # (b,)
             losses = bradley_terry(chosen, rejected)                                     # (b,)
             # FSDP averages gradients over the ranks, so each pair weighs ranks / B
