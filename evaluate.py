@@ -32,7 +32,7 @@ import torch.distributed as dist
 from segment import (Dtype, Granularity, LanguageModel, answer_text, check_context, context_of,
                      cut_rows, encode_chats, encode_prompts, fail, load_model, load_prompts,
                      load_tokenizer, map_rows, parse, prompt_text, rank, read_rows, say,
-                     segment_texts, sequence_score, set_precision, setup)
+                     segment_texts, sequence_score, set_precision, setup, warn_of_world_values)
 from train_rm import ScalarModel, write_json
 from train_ppo import call, check_tokens, load_function, plain_copy, sample, trained_how
 
@@ -41,8 +41,8 @@ from train_ppo import call, check_tokens, load_function, plain_copy, sample, tra
 class Config:
     # who is compared with whom, on what, by whom
     model: str = "out/ppo/model"               # the policy: a model, or a file of its outputs
-    baseline: str = "data/reviews/sft"         # what it is compared with: likewise
-    data: str = "data/reviews/prompts_test.jsonl"  # prompts
+    baseline: str = "data/reviews/sft"         # likewise (paper: the SFT model)
+    data: str = "data/reviews/prompts_test.jsonl"  # prompts (paper: AlpacaEval 2)
     judge: str = ""                            # a reward model, file.py:function of (prompt,
     #                         response, finished), or with --api_base the name of a model there
     api_base: str = ""                         # an OpenAI-compatible URL; key: OPENAI_API_KEY
@@ -458,6 +458,7 @@ def main(cfg):
         _, cutoff = trained_how(cfg, cfg.judge)
         assert cfg.cutoff in (None, cutoff), f"--cutoff: {cfg.judge} was trained at {cutoff}"
         check_context(cfg.judge, context_of(cfg.judge), cfg.max_prompt_tokens)
+    warn_of_world_values(cfg)
     kept = Path(cfg.out, "annotations.json")
     if kept.exists() and json.loads(kept.read_text())[0]["annotator"] != cfg.judge:
         fail("--out holds the preferences of another judge; give another folder")

@@ -49,7 +49,8 @@ Dtype = Literal["auto", "bf16", "fp32"]
 @dataclass
 class Config:
     model: str = "data/reviews/sft"            # the SFT chat model: a folder or a hub id
-    data: str = "data/reviews/pairs.jsonl"     # preferences; also a part: SOURCE:train[:1000]
+    # preferences, also a part: SOURCE:train[:1000]
+    data: str = "data/reviews/pairs.jsonl"     # (paper: hendrydong/preference_700K)
     granularity: Granularity = "segment"       # what to show: segment, token, bandit
     cutoff: float = 1.0                        # nats (paper: Phi-3 1.75, Llama-3 2.0)
     max_samples: int = 200                     # read this many pairs
@@ -595,13 +596,11 @@ def segment_texts(tokenizer, ids, ends):
     """The text of each segment, and of what follows the last one; they join to the whole. Prefixes
     are decoded: a token that is decoded alone loses its space, or is half of a character."""
     texts = []
-    before = ""
     for cut in np.union1d(np.flatnonzero(ends) + 1, len(ids)):
         prefix = tokenizer.decode(ids[:cut], clean_up_tokenization_spaces=False)
         if cut < len(ids):
             prefix = prefix.rstrip("\ufffd")             # half a character: it comes with its end
-        texts.append(prefix[len(before):])
-        before = prefix
+        texts.append(prefix[len("".join(texts)):])
     return texts
 
 

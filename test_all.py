@@ -309,11 +309,9 @@ def test_texts_of_segments_join_to_the_whole_and_answers_end_before_the_stop_tok
     texts = segment.segment_texts(tokenizer, ids, [True] * len(ids))
     assert len(texts) == len(ids) and "".join(texts) == "Great 🎉 你好<|im_end|>"
     assert segment.answer_text(tokenizer, torch.tensor([2, ids[-1]]), ids) == "Great 🎉 你好"
-
-
-def test_more_tokens_than_embeddings_are_refused(tmp_path, capsys):
-    byte_tokenizer().save_pretrained(tiny_model(tmp_path, "llama", 261))
-    assert "embeddings" in refused(capsys, load_tokenizer, str(tmp_path))
+    # Llama 2's kind gives up on a whole run of bytes while one character in it is incomplete
+    tokenizer.decode = lambda x, **_: decoders.ByteFallback().decode(["<0x%02X>" % b for b in x])
+    assert "".join(segment.segment_texts(tokenizer, list("é🎉".encode()), [True] * 6)) == "é🎉"
 
 
 # -- 4. Data ---------------------------------------------------------------------------------------
@@ -511,6 +509,7 @@ pictures gemma3 CausalLM {"eos_token_id": 2, "mm_tokens_per_image": 4, "text_con
 phi3 phi3 SequenceClassification {"sliding_window": 12}
 llama llama SequenceClassification {}
 said llama SequenceClassification {"segment_granularity": "token"}
+few llama CausalLM {"vocab_size": 198}
 words llama SequenceClassification {}"""):
         auto_class = getattr(transformers, f"AutoModelFor{kind}")
         tiny_model(top / folder, family, 200, auto_class, **json.loads(more))
@@ -538,6 +537,7 @@ rm --data bad/data/one.jsonl | one.jsonl: 0 pairs ; rm --batch_size 999 | --batc
 rm --max_prompt_tokens 256 | --max_prompt_tokens ; rm --max_tokens 999 | context of data/reviews/sft
 rm --model bad/no | bad/no: no model there ; rm --model bad/code | bad/code
 rm --model bad/pickle | bad/pickle ; rm --model bad/nan | not finite ; rm --held_out 0 | 0 held out
+rm --model bad/few | more tokens than embeddings
 rm --model bad/capped | more than a matrix ; rm --model bad/pictures | bad/pictures: not supported
 rm --model bad/longrope | bad/longrope ; rm --out bad/foreign | another --out
 rm --out bad/data/one.jsonl/out | --out bad/data/one.jsonl/out ; rm --wandb project | --wandb
@@ -548,8 +548,8 @@ ppo --reward_model bad/llama --trained_granularity token --granularity segment |
 ppo --reward_model bad/llama --trained_granularity token | --calibration_data
 ppo --reward_model bad/said --trained_granularity segment --cutoff 1 | was trained at token
 ppo --reward_model bad/said --granularity bandit --fit '0 0 0 1' | --fit
-ppo --reward_model bad/words --trained_granularity token | its tokens are not
-ppo --reward_model bad/swapped --trained_granularity token | its tokens are not
+ppo --reward_model bad/words --trained_granularity token | its tokens differ
+ppo --reward_model bad/swapped --trained_granularity token | its tokens differ
 ppo --reward_model data/reviews/sft --trained_granularity token | data/reviews/sft
 judge --data bad/data/one.jsonl | --judge ; judge --judge bad/no.py:f | bad/no.py:f"""))
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(here, capsys, monkeypatch, mistake):

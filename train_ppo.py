@@ -50,7 +50,7 @@ class Config:
     model: str = "data/reviews/sft"            # the SFT model: policy, critic, reference, entropies
     reward_model: str = "out/rm/model"         # or a rule, file.py:function of (prompt, [segments])
     #                                            -> a reward for each
-    data: str = "data/reviews/prompts.jsonl"   # prompts
+    data: str = "data/reviews/prompts.jsonl"   # prompts (paper: of UltraFeedback)
     out: str = "out/ppo"                       # output folder
     gold: str = ""                             # to log: file.py:function of (prompt, response,
     #                                            finished); the world's data has one by default
