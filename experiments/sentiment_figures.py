@@ -2,7 +2,7 @@
 
     python experiments/sentiment_figures.py [RESULTS.jsonl]      # and beside it sentiment.png
 
-"Final" is the mean over the last 5 iterations, on the prompts that PPO trains on; "gold at KL 5" is
+"Final" is the mean over the last 5 iterations, on the prompts that PPO trains on; "gold at KL 4" is
 read where a run's curve, means of 3 iterations, first comes to that KL. Test prompts are about
 other subjects. ± is the standard deviation over PPO seeds, which share one reward model; of a reward
 model's figures it is the standard error over held-out pairs.
@@ -14,12 +14,12 @@ from collections import defaultdict
 
 import numpy as np
 
-from figures import (COLORS, FINAL, FINAL_KL, FIRST, HERE, ORACLES, cell, difference, mean_of,
-                     smooth, table)
+from figures import (COLORS, FINAL, FINAL_KL, FIRST, HERE, METHODS, ORACLES, cell, difference,
+                     mean_of, smooth, table)
 
 # of answers to the test prompts; the last two show over-optimisation
 SIGNS = {"gold": "+.2f", "positive": ".3f", "distinct": ".3f"}
-KLS = (5, 10)
+KLS = (4, 8)                                             # every run gets there
 
 
 def read_results(path):
@@ -32,7 +32,13 @@ def read_results(path):
             policies[name][line["seed"]] = line
         elif experiment == "sentiment":
             reward_models[name] = line
-    return policies, reward_models
+    order = [*METHODS, *ORACLES]
+    names = sorted(policies, key=lambda name: (order.index(method_of(name)), name))
+    return {name: policies[name] for name in names}, reward_models
+
+
+def method_of(name):
+    return name.partition("-kl")[0]
 
 
 def measured(lines, key, *where):
@@ -51,7 +57,8 @@ def gold_at(lines, level):
 
 
 def policy_table(policies):
-    """"ahead": of the bandit reward of its kind, learned or true, seed by seed."""
+    """"ahead": of the bandit reward of its kind, learned or true, seed by seed; where that was
+    tried at several coefficients, of the one with most seeds."""
     rows = []
     for name, lines in policies.items():
         if not rows:                                     # all have the same baseline
@@ -63,10 +70,10 @@ def policy_table(policies):
             rows[0] += [str(line["before"][key]) for key in SIGNS]
         final = measured(lines, *FINAL)
         oracle = name.startswith("oracle-") * "oracle-"
-        rivals = [other for other in policies if other.startswith(f"{oracle}bandit-")]
-        ahead = [cell(difference(final, measured(policies[rival], *FINAL)))
-                 for rival in rivals if rival != name]
-        row = [name, str(len(lines)), cell(final), ", ".join(ahead),
+        rivals = [other for other in policies if method_of(other) == f"{oracle}bandit"]
+        rival = max(rivals, key=lambda other: len(policies[other]))
+        ahead = difference(final, measured(policies[rival], *FINAL))
+        row = [name, str(len(lines)), cell(final), cell(ahead) if rival != name else "",
                cell(measured(lines, *FINAL_KL), ".1f")]
         row += [cell(gold_at(lines, level)) for level in KLS]
         for key, form in SIGNS.items():
@@ -104,7 +111,7 @@ def print_samples(policies):
 def draw_gold_by_kl(axes, policies):
     """A line is a seed: from left to right its iterations, each the mean of three."""
     for name, lines in policies.items():
-        method = name.partition("-kl")[0]
+        method = method_of(name)
         label, style = ORACLES.get(method, (f"{method} rewards", "-"))
         color = COLORS.get(method, "black")
         for seed, line in sorted(lines.items()):
