@@ -600,7 +600,8 @@ def segment_texts(tokenizer, ids, ends):
         prefix = tokenizer.decode(ids[:cut], clean_up_tokenization_spaces=False)
         if cut < len(ids):
             prefix = prefix.rstrip("\ufffd")             # half a character: it comes with its end
-        texts.append(prefix[len("".join(texts)):])
+        before = "".join(texts)
+        texts.append(prefix[len(before):])
     return texts
 
 
