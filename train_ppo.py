@@ -17,8 +17,8 @@ over the segment's tokens. One iteration of PPO (section 2.4):
 What differs from the authors' code: the normaliser is fitted when training starts, not looked up by
 a name, and can't turn negative; every random draw is a function of (seed, iteration, row), so that
 a run that was killed goes on as if nothing had been, on any number of GPUs; masks come from
-lengths; the critic's head starts at zero. Besides sizes, rates and the KL coefficient two defaults
-are not the paper's: --reward_scale total and --missing_eos_reward -3 (the paper: none and 0).
+lengths; the critic's head starts at zero. Two defaults change the method (sizes, rates and their
+like differ too): --reward_scale total and --missing_eos_reward -3 (the paper: none and 0).
 """
 import inspect
 import os
@@ -514,7 +514,7 @@ def main(cfg):
         texts = [prompt_text(prompt) for prompt, answers, _ in chats for _ in answers]   # 2m
         mask, _ = response_mask(rows, stops, "cpu")                                      # (2m, R)
         _, sft_entropy = map_rows(reference, rows, size, device)                         # (2m, R)
-        rewards, ends = score_rows(rows, texts, sft_entropy)                        # (2m, R)
+        rewards, ends = score_rows(rows, texts, sft_entropy)                             # (2m, R)
         try:
             normalizer, scale = calibrate(rewards, ends, mask, cfg.normalizer, interpolation)
         except ValueError as error:
